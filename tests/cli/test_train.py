@@ -1,0 +1,239 @@
+"""`train`: checking the command, preparing data, and whole runs of a toy config."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from xtuner_ext.cli import main, train
+from xtuner_ext.cli.config_options import load_config
+from xtuner_ext.errors import UserError
+
+TOY_MODULE = '''
+import json
+import pathlib
+
+import torch
+from mmengine.model import BaseModel
+
+from xtuner_ext.errors import UserError
+
+
+class ToyModel(BaseModel):
+    def __init__(self, fail=False):
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 1)
+        self.fail = fail
+
+    def forward(self, data, data_samples=None, mode="loss"):
+        if self.fail:
+            raise UserError("row 3 of x.jsonl: 2 images were found, 1 was expected")
+        return {"loss": self.layer(data["x"]).square().mean()}
+
+
+class ToyData(torch.utils.data.Dataset):
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, index):
+        return torch.tensor([index / 64, 1.0])
+
+
+def collate(rows):
+    return {"data": {"x": torch.stack(rows)}, "data_samples": None}
+
+
+def prepare(out, size):
+    folder = pathlib.Path(out)
+    folder.mkdir(exist_ok=True)
+    with open(folder / "calls.txt", "a") as file:
+        file.write(f"{size} ")
+    (folder / "meta.json").write_text(json.dumps({"size": size}))
+'''
+
+TOY_CONFIG = """
+from mmengine.config import read_base
+from mmengine.hooks import CheckpointHook, LoggerHook
+from mmengine.optim import OptimWrapper
+from toy_module import ToyData, ToyModel, collate, prepare
+from torch.optim import SGD
+from xtuner.engine.runner import TrainLoop
+
+with read_base():
+    from ._base import *
+
+lr = 1e-2
+batch_size = 4
+prepare_data = dict(type=prepare, out="prepared", size=size)
+model = dict(type=ToyModel, fail=False)
+train_dataloader = dict(
+    batch_size=batch_size,
+    num_workers=0,
+    dataset=dict(type=ToyData),
+    sampler=dict(type="InfiniteSampler", shuffle=True),
+    collate_fn=dict(type=collate),
+)
+optim_wrapper = dict(type=OptimWrapper, optimizer=dict(type=SGD, lr=lr))
+train_cfg = dict(type=TrainLoop, max_iters=4)
+default_hooks = dict(
+    logger=dict(type=LoggerHook, interval=1),
+    checkpoint=dict(type=CheckpointHook, by_epoch=False, interval=2, max_keep_ckpts=2),
+)
+scales = [dict(side=1), dict(side=2)]
+env_cfg = dict(dist_cfg=dict(backend="nccl"))
+randomness = dict(seed=0)
+log_processor = dict(by_epoch=False)
+load_from = None
+resume = False
+"""
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """A folder with a toy config, which is the current directory; its module is importable."""
+    (tmp_path / "toy_module.py").write_text(TOY_MODULE)
+    (tmp_path / "toy.py").write_text(TOY_CONFIG)
+    (tmp_path / "_base.py").write_text("size = 3\nname = 'toy'\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    # The stock tool sets LOCAL_RANK for good; set here first, it is taken back after the test.
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.delenv("LOCAL_RANK")
+    yield tmp_path
+    sys.modules.pop("toy_module", None)
+
+
+class TestOptions:
+    def test_existing_keys_change(self, toy):
+        options = ["optim_wrapper.optimizer.lr=3", "scales.1.side=7", "work_dir=w", "name=n"]
+        config = load_config("toy.py", options)
+        assert config.optim_wrapper.optimizer.lr == 3
+        assert [scale.side for scale in config.scales] == [1, 7]
+        assert config.work_dir == "w" and config.name == "n"
+
+    @pytest.mark.parametrize(
+        ("option", "parts"),
+        [
+            ("optim_wrapper.optimizr.lr=3", ["optimizr.lr", "toy.py", "optim_wrapper.optimizer.lr"]),
+            ("train_cfg.max_iter=3", ["train_cfg.max_iter:", "train_cfg.max_iters"]),
+            ("scales.2.side=3", ["scales.2.side", "scales.0.side"]),
+            ("train_cfg.max_iters.x=3", ["train_cfg.max_iters.x"]),
+            ("lr=3", ["lr is a variable", "optim_wrapper.optimizer.lr"]),
+            ("batch_size=3", ["batch_size is a variable", "train_dataloader.batch_size"]),
+            ("size=4", ["size is a variable", "prepare_data.size"]),
+            ("novalue", ["novalue", "key=value"]),
+        ],
+    )
+    def test_a_key_that_would_change_nothing_is_refused(self, toy, option, parts):
+        with pytest.raises(UserError) as error:
+            load_config("toy.py", [option])
+        assert all(part in str(error.value) for part in parts)
+
+    def test_syntax_error_names_the_line(self, toy):
+        (toy / "broken.py").write_text("x = 1\ny = (\n")
+        with pytest.raises(UserError, match="broken.py, line 2"):
+            load_config("broken.py")
+
+    def test_options_given_twice_add_up(self):
+        argv = ["toy.py", "--cfg-options", "a=1", "--seed", "3", "--cfg-options", "b=2", "c=3"]
+        args = train.parse_args(argv)
+        assert args.cfg_options == ["a=1", "b=2", "c=3"]
+        assert train.parse_args(["toy.py"]).resume is None
+        assert train.parse_args(["toy.py", "--resume"]).resume == "auto"
+        assert train.parse_args(["toy.py", "--resume", "x.pth"]).resume == "x.pth"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["toy.py", "--resume", "gone.pth"], "--resume gone.pth does not exist"),
+        (["tyo.py"], "config tyo.py is neither a file nor the name of a config"),
+        (["toy.py", "--cfg-options", "no.such=1"], "--cfg-options no.such"),
+    ],
+)
+def test_mistakes_end_before_anything_is_written(toy, argv, message, capsys):
+    assert main.run(["train", *argv]) == 2
+    assert message in capsys.readouterr().err
+    assert not (toy / "work_dirs").exists() and not (toy / "prepared").exists()
+
+
+def test_deepspeed_is_asked_for_by_name(toy, monkeypatch, capsys):
+    for found, message in ((None, "pip install"), (object(), "deepspeed_zero2")):
+        util = SimpleNamespace(find_spec=lambda name, found=found: found)
+        monkeypatch.setattr(train, "importlib", SimpleNamespace(util=util))
+        assert main.run(["train", "toy.py", "--deepspeed", "zero2"]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_only_the_first_process_prepares_the_data(toy, monkeypatch):
+    config = load_config("toy.py", ["prepare_data.size=5"])
+    monkeypatch.setattr(train, "PREPARE_TIMEOUT", 0.1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(UserError, match="meta.json did not appear"):
+        train.prepare_data(config)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    train.prepare_data(config)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    train.prepare_data(config)
+    assert (toy / "prepared" / "calls.txt").read_text() == "5 "
+
+
+def _weights(path):
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+def _dist(repository, *argv, **environment):
+    return subprocess.run(
+        ["bash", str(repository / "tools" / "dist.sh"), *argv],
+        capture_output=True,
+        text=True,
+        env={
+            **{key: value for key, value in os.environ.items() if key not in ("NNODES", "DEEPSPEED")},
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "VIRTUAL_ENV": sys.prefix,
+            **environment,
+        },
+    )
+
+
+def test_resumed_run_ends_as_an_uninterrupted_one(toy, capsys):
+    arguments = ["train", str(toy / "toy.py"), "--seed", "1"]
+    assert main.run([*arguments, "--work-dir", "whole"]) == 0
+    assert main.run([*arguments, "--work-dir", "parts", "--cfg-options", "train_cfg.max_iters=2"]) == 0
+    assert main.run([*arguments, "--work-dir", "parts", "--resume"]) == 0
+    whole, parts = _weights("whole/iter_4.pth"), _weights("parts/iter_4.pth")
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    assert Path("parts/last_checkpoint").read_text().endswith("iter_4.pth")
+
+    capsys.readouterr()
+    assert main.run([*arguments, "--work-dir", "bad", "--cfg-options", "model.fail=True"]) == 2
+    assert capsys.readouterr().err.endswith(
+        "xtuner-ext: error: row 3 of x.jsonl: 2 images were found, 1 was expected\n"
+    )
+
+
+def test_two_processes_train_together(toy, repository):
+    result = _dist(repository, "train", "toy.py", "2", "--work-dir", "two", OMP_NUM_THREADS="1")
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert Path("two/iter_4.pth").is_file()
+    assert (toy / "prepared" / "calls.txt").read_text() == "3 "
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["trian", "toy.py", "1"], "trian was given, train, test or pipeline is expected"),
+        (["train", "toy.py", "none"], "none was given for GPUS"),
+        (["train", "toy.py"], "usage"),
+        (["train", "gone.py", "1"], "config gone.py is neither a file"),
+        (["test", "gone.py", "1"], "config gone.py is neither a file"),
+    ],
+)
+def test_dist_passes_the_status_on(toy, repository, argv, message):
+    result = _dist(repository, *argv)
+    assert result.returncode == 2 and message in result.stderr

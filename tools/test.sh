@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Installs what is missing and runs the tests:  bash tools/test.sh [pytest arguments]
+set -euo pipefail
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+bash "$root/tools/setup.sh"
+python="$(cd "${VENV:-$root/.venv}" && pwd)/bin/python"
+
+cd "$root"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
+export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
+exec "$python" -m pytest -q tests "$@"

@@ -1,0 +1,7 @@
+"""python -m xtuner_ext.cli VERB ..."""
+
+import sys
+
+from xtuner_ext.cli.main import run
+
+sys.exit(run())

@@ -1,0 +1,104 @@
+"""xtuner-ext convert pth_to_hf CONFIG PTH DIR: a training checkpoint becomes a model folder."""
+
+import argparse
+import os
+import shutil
+import sys
+
+from ..errors import UserError
+
+
+def parse_args(argv):
+    """Parse the options of stock ``xtuner convert pth_to_hf``."""
+    parser = argparse.ArgumentParser(
+        prog="xtuner-ext convert pth_to_hf",
+        description="Write a trained student as a complete Hugging Face folder, and check its logits.",
+        epilog="example: xtuner-ext convert pth_to_hf projects/mmmamba/digits/stage3_linear.py "
+        "work_dirs/digits/stage3_linear/iter_1000.pth work_dirs/digits/export_linear",
+    )
+    parser.add_argument("config", help="the config that trained the checkpoint, or its name")
+    parser.add_argument("pth_model", help="checkpoint file, or the folder that DeepSpeed wrote")
+    parser.add_argument("save_dir", help="folder to write")
+    parser.add_argument("--fp32", action="store_true", help="store fp32 instead of bf16")
+    parser.add_argument("--max-shard-size", default="2GB", help="largest weight file")
+    parser.add_argument("--safe-serialization", action="store_true", help="accepted; safetensors is always written")
+    parser.add_argument("--save-format", default="xtuner", choices=("xtuner", "official", "huggingface"))
+    parser.add_argument("--cfg-options", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+    return parser.parse_args(argv)
+
+
+def main(argv):
+    """Run the verb.
+
+    Args:
+        argv (list[str]): Arguments after ``convert``.
+
+    Returns:
+        int: Exit status.
+    """
+    from .main import run_stock_tool
+
+    if not argv or argv[0].lower() != "pth_to_hf" or {"-h", "--help"} & set(argv):
+        if argv and argv[0].lower() == "pth_to_hf":
+            parse_args(argv[1:])
+        return run_stock_tool("convert", argv)
+    args = parse_args(argv[1:])
+    from .config_options import find_config, load_config
+
+    path = find_config(args.config)
+    config = load_config(path, args.cfg_options)
+    from ..distill.base import HybridModel
+
+    # Reading the item makes a lazy config import the class.
+    model_type = config.model["type"]
+    if not (isinstance(model_type, type) and issubclass(model_type, HybridModel)):
+        return run_stock_tool("convert", argv)
+    if not os.path.exists(args.pth_model):
+        raise UserError(f"checkpoint {args.pth_model} does not exist")
+    pth_to_hf(config, args.pth_model, args.save_dir, args.fp32, args.max_shard_size)
+    shutil.copyfile(path, os.path.join(args.save_dir, "xtuner_config.py"))
+    sys.stdout.write(f"written to {args.save_dir}\n")
+    return 0
+
+
+def pth_to_hf(config, checkpoint, out, fp32=False, max_shard_size="2GB"):
+    """Write a checkpoint's student.
+
+    Args:
+        config (Config): The config that trained it.
+        checkpoint (str): File or DeepSpeed folder.
+        out (str): Folder to write.
+        fp32 (bool): Store fp32 instead of bf16.
+        max_shard_size (str): Largest weight file.
+
+    Raises:
+        UserError: When the checkpoint does not fit the config, or the written folder fails its check.
+    """
+    from accelerate import init_empty_weights
+    from accelerate.utils import set_module_tensor_to_device
+    from xtuner.registry import BUILDER
+
+    from ..distill.stages import read_checkpoint
+
+    state, found = read_checkpoint(checkpoint)
+    with init_empty_weights():
+        model = BUILDER.build(config.model)
+    expected = model.state_dict()
+    ours = model.describe()
+    if found and found["stage"] != ours["stage"]:
+        raise UserError(f"checkpoint {checkpoint} comes from stage {found['stage']}, the config is of stage {ours['stage']}")
+    if found and found["layer_types"] != ours["layer_types"]:
+        raise UserError(f"checkpoint {checkpoint} and the config keep attention in different layers")
+    missing, surplus = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
+    if missing or surplus:
+        what = f"misses {missing[0]}" if missing else f"has the unknown {surplus[0]}"
+        raise UserError(f"checkpoint {checkpoint} {what}: another config made it")
+    for name, tensor in state.items():
+        set_module_tensor_to_device(model, name, "cpu", tensor)
+    model.to_hf(cfg=config, save_dir=out, fp32=fp32, save_pretrained_kwargs={"max_shard_size": max_shard_size})
+
+
+if __name__ == "__main__":
+    from xtuner_ext.cli.main import run
+
+    sys.exit(run(["convert", *sys.argv[1:]]))

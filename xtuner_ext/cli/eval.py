@@ -1,0 +1,122 @@
+"""xtuner-ext eval DIR --data META.json --out DIR2: score a model on annotated questions."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from ..errors import UserError
+
+
+def parse_args(argv):
+    """Parse the verb's options."""
+    parser = argparse.ArgumentParser(
+        prog="xtuner-ext eval",
+        description="Answer annotated questions greedily and score the answers by exact match.",
+        epilog="example: xtuner-ext eval work_dirs/digits/export_linear --data work_dirs/digits/data/test.json "
+        "--out work_dirs/digits/scores_linear",
+    )
+    parser.add_argument("model", help="model folder, or the name of a shipped model")
+    parser.add_argument("--data", required=True, help="meta JSON of the questions")
+    parser.add_argument("--out", required=True, help="folder for rows.jsonl and metrics.json")
+    parser.add_argument("--prompt-template", help="conversation template (default: the model's own)")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--max-new-tokens", type=int, default=32)
+    parser.add_argument("--limit", type=int, help="only the first n questions")
+    parser.add_argument("--torch-dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16"))
+    parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
+    return parser.parse_args(argv)
+
+
+def main(argv):
+    """Run the verb.
+
+    Args:
+        argv (list[str]): Arguments after the verb.
+
+    Returns:
+        int: Exit status.
+    """
+    args = parse_args(argv)
+    for name in ("batch_size", "max_new_tokens"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
+    metrics = evaluate_folder(
+        args.model, args.data, args.out, args.prompt_template, args.batch_size, args.max_new_tokens, args.limit,
+        args.torch_dtype,
+    )
+    if args.json:
+        sys.stdout.write(json.dumps(metrics, indent=2) + "\n")
+    else:
+        print_table(metrics)
+    return 0
+
+
+def evaluate_folder(
+    model, data, out, prompt_template=None, batch_size=64, max_new_tokens=32, limit=None, dtype="auto"
+):
+    """Score one model folder and write rows and metrics.
+
+    Args:
+        model (str): Model folder, or the name of a shipped model.
+        data (str): Meta JSON of the questions.
+        out (str): Folder for ``rows.jsonl`` and ``metrics.json``; both appear whole.
+        prompt_template (str, optional): Conversation template; the model's own when absent.
+        batch_size (int): Questions per batch.
+        max_new_tokens (int): Longest answer in tokens.
+        limit (int, optional): Only the first n questions.
+        dtype (str): See :func:`load_model`.
+
+    Returns:
+        dict: Content of ``metrics.json``.
+    """
+    from ..convert.checkpoint import whole_folder
+    from ..data.templates import get_template
+    from ..evaluation.runner import answer, read_questions
+    from ..evaluation.scorers import score_rows
+    from .loading import count_parameters, load_model
+    from .progress import progress
+    from .versions import installed_versions
+
+    questions = read_questions(data, limit)
+    network, processor = load_model(model, dtype)
+    name = prompt_template or network.config.template
+    with progress(f"eval {Path(model).name}", len(questions)) as advance:
+        rows = answer(network, processor, get_template(name), questions, batch_size, max_new_tokens, advance)
+    metrics = {
+        **score_rows(rows),
+        "model": str(model),
+        "data": str(data),
+        "parameters": count_parameters(network),
+        "cache_bytes": {str(length): network.config.cache_bytes(length) for length in (1024, 65536)},
+        "layer_types": network.config.layer_types,
+        "settings": {
+            "template": name,
+            "decoding": "greedy",
+            "max_new_tokens": max_new_tokens,
+            "batch_size": batch_size,
+            "dtype": str(network.dtype),
+            "scorer": "exact_match",
+        },
+        "versions": installed_versions(),
+    }
+    with whole_folder(out) as folder:
+        lines = (json.dumps(row, ensure_ascii=False) for row in rows)
+        (folder / "rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2), encoding="utf-8")
+    return metrics
+
+
+def print_table(metrics):
+    """Print accuracy by category."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{metrics['model']} on {metrics['data']}")
+    for column in ("category", "accuracy", "questions"):
+        table.add_column(column, justify="left" if column == "category" else "right")
+    for name, score in metrics["by_category"].items():
+        table.add_row(name, f"{score['accuracy']:.1%}", str(score["count"]))
+    table.add_section()
+    table.add_row("all", f"{metrics['accuracy']:.1%}", str(metrics["count"]))
+    Console().print(table)

@@ -1,0 +1,44 @@
+"""Loading any model folder that this package knows, for the verbs that talk to models."""
+
+import torch
+
+from ..convert.teacher import load_processor, load_teacher, resolve_folder, teacher_family
+from ..errors import UserError
+from ..modeling import HybridVLForCausalLM
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load_model(folder, dtype="auto", device=None):
+    """Load an exported student or a teacher of a known family.
+
+    Args:
+        folder (str): Model folder, or the name of a shipped model.
+        dtype (str): ``auto`` (fp32 on a CPU, the folder's own on a GPU), ``fp32``, ``bf16`` or ``fp16``.
+        device (str, optional): ``cpu`` or ``cuda``; a GPU when there is one.
+
+    Returns:
+        tuple[HybridVLForCausalLM, HybridVLProcessor]: Ready to generate.
+
+    Raises:
+        UserError: For a folder that is missing, incomplete or of another kind.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if dtype == "auto" and device == "cpu":
+        # Most CPUs multiply bf16 matrices no faster, and answers then equal the training model's.
+        dtype = "fp32"
+    torch_dtype = DTYPES.get(dtype)
+    path = resolve_folder(folder)
+    if teacher_family(path) is None:
+        try:
+            model = HybridVLForCausalLM.from_pretrained(path, dtype=torch_dtype or "auto")
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"{path} does not load: {str(error).splitlines()[0]}") from error
+    else:
+        model = load_teacher(path, torch_dtype)
+    return model.to(device).eval(), load_processor(path)
+
+
+def count_parameters(model):
+    """int: Parameters, shared ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,163 @@
+"""xtuner-ext train CONFIG [--work-dir DIR] [--resume [CHECKPOINT]] [--cfg-options KEY=VALUE ...]"""
+
+import argparse
+import importlib.util
+import os
+import sys
+import time
+from pathlib import Path
+
+from xtuner_ext import autoload
+from xtuner_ext.cli.config_options import find_config, load_config
+from xtuner_ext.cli.versions import check_versions
+from xtuner_ext.errors import UserError
+
+PREPARE_TIMEOUT = 3600  # seconds that the other processes wait for the first to prepare the data
+
+
+def parse_args(argv):
+    """Parses the options of the stock train tool, with an optional value for `--resume`."""
+    parser = argparse.ArgumentParser(prog="xtuner-ext train", description="Train or distil with a config.")
+    parser.add_argument("config", help="config file, or a name that `xtuner list-cfg` prints")
+    parser.add_argument("--work-dir", help="folder of logs and checkpoints (default: ./work_dirs/CONFIG)")
+    parser.add_argument("--deepspeed", help="DeepSpeed json, or the name of one that xtuner ships")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        help="checkpoint to go on from; without a value or with `auto`, the last one of the work "
+        "dir, or the beginning if it has none",
+    )
+    parser.add_argument("--seed", type=int, help="seed of all random numbers")
+    parser.add_argument(
+        "--cfg-options",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="values that replace those of the config, e.g. train_cfg.max_iters=100",
+    )
+    parser.add_argument("--launcher", choices=["none", "pytorch", "slurm", "mpi"], default="none")
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0)
+    return parser.parse_args(argv)
+
+
+def main(argv):
+    """Checks the command against the config, prepares the data and lets XTuner train.
+
+    Args:
+        argv (list[str]): The arguments after the verb.
+    """
+    autoload.install()
+    args = parse_args(argv)
+    check_versions()
+    config_path = find_config(args.config)
+    config = load_config(config_path, args.cfg_options)
+    work_dir = args.work_dir or config.get("work_dir") or os.path.join("./work_dirs", Path(config_path).stem)
+    if args.deepspeed:
+        _check_deepspeed(args.deepspeed)
+    checkpoint = find_checkpoint(args.resume, work_dir)
+    prepare_data(config)
+
+    stock = [config_path, "--work-dir", work_dir]
+    stock += ["--launcher", args.launcher, "--local_rank", str(args.local_rank)]
+    if args.deepspeed:
+        stock += ["--deepspeed", args.deepspeed]
+    if checkpoint:
+        stock += ["--resume", checkpoint]
+    if args.seed is not None:
+        stock += ["--seed", str(args.seed)]
+    if args.cfg_options:
+        stock += ["--cfg-options", *args.cfg_options]
+    run_stock_train(stock)
+
+
+def find_checkpoint(resume, work_dir):
+    """Returns the checkpoint to go on from, or None to begin at the beginning.
+
+    Args:
+        resume (str | None): A path, `auto` for the last one of `work_dir`, or None.
+        work_dir (str): Folder of the run.
+    """
+    if resume is None:
+        return None
+    if resume == "auto":
+        from mmengine.runner.checkpoint import find_latest_checkpoint
+
+        return find_latest_checkpoint(work_dir)
+    if not os.path.exists(resume):
+        raise UserError(f"--resume {resume} does not exist, a checkpoint is expected")
+    return resume
+
+
+def prepare_data(config):
+    """Calls the config's `prepare_data`, in the first process of each machine.
+
+    Args:
+        config (mmengine.config.Config): May hold `prepare_data = dict(type=function, **kwargs)`. The
+            function must be repeatable: it returns at once when its result is there. If there are
+            several processes it needs an argument `out`, a folder, where it writes `meta.json` last.
+    """
+    arguments = config.get("prepare_data")
+    if arguments is None:
+        return
+    # Reading the items one by one makes ConfigDict import what a lazy config names.
+    arguments = {key: arguments[key] for key in arguments}
+    function = arguments.pop("type")
+    if isinstance(function, str):
+        from mmengine.utils import get_object_from_string
+
+        name, function = function, get_object_from_string(function)
+        if function is None:
+            raise UserError(f"prepare_data.type: {name} was found, the dotted name of a function is expected")
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        function(**arguments)
+    elif "out" in arguments:
+        _wait_for(Path(arguments["out"], "meta.json"), PREPARE_TIMEOUT)
+
+
+def run_stock_train(arguments):
+    """Runs `xtuner train` in this process and ends its process group.
+
+    Args:
+        arguments (list[str]): The command line as the stock tool reads it.
+    """
+    from xtuner.tools.train import main as stock_main
+
+    saved, sys.argv = sys.argv, ["xtuner-ext train", *arguments]
+    try:
+        stock_main()
+    finally:
+        sys.argv = saved
+    # Only after success: with another process gone, leaving the group in good order could wait for ever.
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _check_deepspeed(name):
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UserError(
+            f"--deepspeed {name} needs the package deepspeed, which is not installed; "
+            f"run: {sys.executable} -m pip install deepspeed"
+        )
+    from xtuner.configs import cfgs_name_path
+
+    if not os.path.isfile(name) and name not in cfgs_name_path:
+        known = ", ".join(sorted(key for key in cfgs_name_path if key.startswith("deepspeed_")))
+        raise UserError(f"--deepspeed {name} is neither a file nor one of {known}")
+
+
+def _wait_for(path, timeout):
+    deadline = time.monotonic() + timeout
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise UserError(f"{path} did not appear within {timeout} s, the first process was to prepare it")
+        time.sleep(0.2)
+
+
+if __name__ == "__main__":
+    from xtuner_ext.cli.main import run
+
+    sys.exit(run(entry=main))

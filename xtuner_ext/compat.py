@@ -1,0 +1,346 @@
+"""The only place that touches the internals of xtuner, mmengine, transformers and torch.
+
+Each function is one repair. `xtuner_ext.autoload` calls it with the freshly imported module it
+repairs; calling it twice does no harm. The docstring names the upstream line and the version
+that no longer needs the repair ("none yet" where upstream has not moved).
+"""
+
+import functools
+import logging
+import os
+import sys
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+_keep_alive = []  # torch.library.Library objects: their operators vanish with them
+
+
+def add_cpu_bf16_query(torch_cpu):
+    """Adds `torch.cpu.is_bf16_supported`.
+
+    Repairs: xtuner 0.2.0 model/sft.py, model/llava.py and tools/utils.py, which ask it of
+    whatever device they run on. Needed until: none yet.
+    """
+    if not hasattr(torch_cpu, "is_bf16_supported"):
+        # Every x86-64 and ARM CPU computes bf16, if need be by emulation; fp16 is the slow type there.
+        torch_cpu.is_bf16_supported = lambda: True
+
+
+def define_missing_torchvision_ops(extension):
+    """Declares the operators that torchvision describes even when its library did not load.
+
+    Repairs: torchvision 0.28 _meta_registrations.py (`register_fake("torchvision::nms")`), which
+    fails when a CUDA build of torchvision meets a CPU build of torch; transformers then reports
+    "Could not import module ...". Needed until: torchvision is built for the same device as torch.
+    """
+    if extension._has_ops():
+        return
+    import torch
+
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _keep_alive.append(library)
+
+
+def find_packages_without_pkg_resources(package_utils):
+    """Answers `is_installed` and `get_installed_path` from `importlib`.
+
+    Repairs: mmengine 0.10.7 utils/package_utils.py:17 and :48, which import `pkg_resources`;
+    setuptools 82 removed it, and with it every `read_base` import of another package's config.
+    Needed until: none yet.
+    """
+    import importlib.metadata
+    import importlib.util
+
+    def find_module(package):
+        spec = importlib.util.find_spec(package)
+        if spec is not None:
+            return spec
+        # The distribution may carry another name than its module (mmcv-full holds mmcv).
+        files = importlib.metadata.files(package) or ()
+        modules = [file.parts[0] for file in files if file.name == "__init__.py" and len(file.parts) == 2]
+        return importlib.util.find_spec(modules[0]) if modules else None
+
+    def is_installed(package):
+        try:
+            spec = find_module(package)
+        except importlib.metadata.PackageNotFoundError:
+            return False
+        return spec is not None and spec.origin is not None
+
+    def get_installed_path(package):
+        spec = find_module(package)
+        if spec is None or spec.origin is None:
+            raise RuntimeError(f"{package} has no module with a path of its own")
+        return os.path.dirname(spec.origin)
+
+    package_utils.is_installed = is_installed
+    package_utils.get_installed_path = get_installed_path
+
+
+def write_files_atomically(local_backend):
+    """Lets checkpoints and texts appear under their name whole or not at all.
+
+    Repairs: mmengine 0.10.7 fileio/backends/local_backend.py:77 and :101, which write in place,
+    so that a killed run leaves half a checkpoint. Needed until: none yet.
+    """
+
+    def put(self, obj, filepath):
+        replace_file(filepath, bytes(obj))
+
+    def put_text(self, obj, filepath, encoding="utf-8"):
+        replace_file(filepath, obj.encode(encoding))
+
+    local_backend.LocalBackend.put = put
+    local_backend.LocalBackend.put_text = put_text
+
+
+def replace_file(path, content):
+    """Writes `content` under `path` so that readers see the old file or the new one, never a part.
+
+    Args:
+        path (str | Path): The file; its directory is made if missing.
+        content (bytes): What it shall hold.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The same directory, since os.replace is atomic only inside one file system.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # the new name is durable once its directory is
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+def init_dist_without_cuda(dist_utils):
+    """Starts the process group with gloo, and without choosing a GPU, where there is no CUDA.
+
+    Repairs: mmengine 0.10.7 dist/utils.py:123, :162 and :218, which call `torch.cuda.set_device`
+    on every machine, and the `backend="nccl"` of every XTuner config. Needed until: none yet.
+    """
+    import torch
+
+    original = dist_utils.init_dist
+
+    @functools.wraps(original)
+    def init_dist(launcher, backend="nccl", **kwargs):
+        if torch.cuda.is_available():
+            return original(launcher, backend=backend, **kwargs)
+        set_device = torch.cuda.set_device
+        torch.cuda.set_device = lambda device: None
+        try:
+            return original(launcher, backend="gloo" if backend == "nccl" else backend, **kwargs)
+        finally:
+            torch.cuda.set_device = set_device
+
+    dist_utils.init_dist = init_dist
+
+
+def wrap_cpu_models_without_device_ids(distributed):
+    """Drops `device_ids` when the model to wrap lives on the CPU.
+
+    Repairs: mmengine 0.10.7 runner/runner.py `wrap_model`, which always passes the local rank;
+    DistributedDataParallel refuses it for CPU parameters. Needed until: none yet.
+    """
+    wrapper = distributed.MMDistributedDataParallel
+    original = wrapper.__init__
+
+    @functools.wraps(original)
+    def __init__(self, module, *args, **kwargs):
+        if all(parameter.device.type == "cpu" for parameter in module.parameters()):
+            kwargs.pop("device_ids", None)
+        original(self, module, *args, **kwargs)
+
+    wrapper.__init__ = __init__
+
+
+def allow_checkpoint_types(module=None):
+    """Lets `torch.load(weights_only=True)` read the message hub of an MMEngine checkpoint.
+
+    Repairs: mmengine 0.10.7 runner/checkpoint.py:347 and xtuner 0.2.0 tools/utils.py:186, which
+    call `torch.load` as it was before torch 2.6. The list is closed: MMEngine's history of scalars,
+    the numpy types it is made of, and the dict that DeepSpeed checkpoints hold a config in.
+    Needed until: mmengine 0.11.
+    """
+    import numpy as np
+    import torch
+    from mmengine.config import ConfigDict
+    from mmengine.logging.history_buffer import HistoryBuffer
+
+    multiarray = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray
+
+    def statistics_method(owner, name):
+        if owner is not HistoryBuffer or name not in ("min", "max", "current", "mean"):
+            raise ValueError(f"checkpoint holds {owner}.{name}, a statistic of HistoryBuffer is expected")
+        return getattr(HistoryBuffer, name)
+
+    # Pickle writes the methods that a HistoryBuffer carries as calls of getattr. The real one would
+    # open every allowed type to a hostile file, so the name leads to this narrow one.
+    allowed = [HistoryBuffer, ConfigDict, np.ndarray, np.dtype, (statistics_method, "builtins.getattr")]
+    for name in ("_reconstruct", "scalar"):
+        # numpy 1 and numpy 2 write the same function under two names.
+        allowed.append((getattr(multiarray, name), f"numpy.core.multiarray.{name}"))
+        allowed.append((getattr(multiarray, name), f"numpy._core.multiarray.{name}"))
+    allowed += [type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32", "bool")]
+    torch.serialization.add_safe_globals(allowed)
+
+
+def find_readable_checkpoint(checkpoint):
+    """Resumes from the newest checkpoint that exists when `last_checkpoint` names none.
+
+    Repairs: mmengine 0.10.7 runner/checkpoint.py:807, which trusts a file that
+    hooks/checkpoint_hook.py:460 writes in place and whose target line 433 may already have
+    deleted when a run is killed while it saves. Needed until: none yet.
+    """
+    original = checkpoint.find_latest_checkpoint
+
+    @functools.wraps(original)
+    def find_latest_checkpoint(path):
+        recorded = original(path)
+        if recorded and os.path.exists(recorded):
+            return recorded
+        numbered = [
+            (int(file.stem.rsplit("_", 1)[1]), str(file))
+            for pattern in ("iter_*.pth", "epoch_*.pth")
+            for file in Path(path).glob(pattern)
+            if file.stem.rsplit("_", 1)[1].isdigit()
+        ]
+        return max(numbered)[1] if numbered else None
+
+    checkpoint.find_latest_checkpoint = find_latest_checkpoint
+
+
+def restore_is_safetensors_available(transformers_utils):
+    """Puts back `transformers.utils.is_safetensors_available`.
+
+    Repairs: xtuner 0.2.0 utils/handle_moe_load_and_save.py:16; transformers 5 always has
+    safetensors and dropped the question. Needed until: none yet.
+    """
+    if not hasattr(transformers_utils, "is_safetensors_available"):
+        transformers_utils.is_safetensors_available = lambda: True
+
+
+def restore_no_init_weights(modeling_utils):
+    """Puts back `transformers.modeling_utils.no_init_weights`.
+
+    Repairs: xtuner 0.2.0 model/reward.py:25; transformers 5 moved it to
+    `transformers.initialization`. Needed until: none yet.
+    """
+    if not hasattr(modeling_utils, "no_init_weights"):
+        from transformers import initialization
+
+        modeling_utils.no_init_weights = initialization.no_init_weights
+
+
+def accept_load_in_bits(modeling_utils):
+    """Turns the keywords `load_in_8bit` and `load_in_4bit` into a `BitsAndBytesConfig`.
+
+    Repairs: xtuner 0.2.0 tools/chat.py:187 and tools/mmbench.py:312, which pass `load_in_8bit`
+    always; transformers 5 hands it to the model class, which refuses it. Needed until: none yet.
+    """
+    model_class = modeling_utils.PreTrainedModel
+    original = model_class.from_pretrained.__func__
+
+    @functools.wraps(original)
+    def from_pretrained(cls, *args, **kwargs):
+        wanted = {key: kwargs.pop(key) for key in ("load_in_8bit", "load_in_4bit") if key in kwargs}
+        if any(wanted.values()) and kwargs.get("quantization_config") is None:
+            from transformers import BitsAndBytesConfig
+
+            kwargs["quantization_config"] = BitsAndBytesConfig(**wanted)
+        return original(cls, *args, **kwargs)
+
+    model_class.from_pretrained = classmethod(from_pretrained)
+
+
+def register_models(modeling_auto):
+    """Registers our configuration and model classes when the Auto classes first appear.
+
+    Lets an exported folder load without `trust_remote_code`. Not a repair of anything upstream.
+    """
+    try:
+        import xtuner_ext.modeling  # noqa: F401
+    except ImportError as error:
+        logger.debug("xtuner_ext models are not registered: %s", error)
+
+
+def add_configs(configs):
+    """Adds our configs to `xtuner list-cfg`, `copy-cfg`, `train` and every other lookup by name.
+
+    Repairs: xtuner 0.2.0 configs/__init__.py:5, which only walks its own folder.
+    Needed until: none yet.
+    """
+    from xtuner_ext.cli import config_names
+
+    configs.cfgs_name_path.update(config_names())
+
+
+def encode_without_bos(dataset_utils):
+    """Encodes nothing for a beginning-of-sequence token that the tokenizer does not have.
+
+    Repairs: xtuner 0.2.0 dataset/utils.py:15, which knows "Qwen2TokenizerFast" by name, a class
+    that transformers 5 calls "Qwen2Tokenizer". Needed until: none yet.
+    """
+    original = dataset_utils.get_bos_eos_token_ids
+
+    @functools.wraps(original)
+    def get_bos_eos_token_ids(tokenizer):
+        bos, eos = original(tokenizer)
+        return [] if bos is None else bos, [] if eos is None else eos
+
+    dataset_utils.get_bos_eos_token_ids = get_bos_eos_token_ids
+
+
+def give_projector_tied_keys(modeling_projector):
+    """Gives LLaVA's projector the attribute that loading a model looks for.
+
+    Repairs: xtuner 0.2.0 model/modules/projector/modeling_projector.py:18, which does not call
+    `post_init`; transformers 5 sets `all_tied_weights_keys` there. Needed until: none yet.
+    """
+    if not hasattr(modeling_projector.ProjectorModel, "all_tied_weights_keys"):
+        modeling_projector.ProjectorModel.all_tied_weights_keys = {}
+
+
+def replace_cli(entry_point):
+    """Puts our front door behind the stock `xtuner` command.
+
+    Repairs: xtuner 0.2.0 entry_point.py:309 and :324, which drop the status of the tool they run
+    and call whatever `python` is first on PATH. Needed until: none yet.
+    """
+
+    def cli():
+        from xtuner_ext.cli.main import run
+
+        return run()
+
+    entry_point.cli = cli
+    package = sys.modules.get("xtuner")
+    if hasattr(package, "cli"):
+        package.cli = cli
+
+
+def fill_onebit_optimizers(onebit):
+    """Stands in for DeepSpeed's 1-bit optimizers, which refuse to be built.
+
+    Repairs: mmengine 0.10.7 _strategy/deepspeed.py:44, which imports them whether or not a config
+    uses them; DeepSpeed 0.19.8 removed them. Needed until: none yet.
+    """
+
+    def refuse(self, *args, **kwargs):
+        raise NotImplementedError(f"{type(self).__name__} is not part of the installed DeepSpeed")
+
+    for name in ("OnebitAdam", "OnebitLamb", "ZeroOneAdam"):
+        setattr(onebit, name, type(name, (), {"__init__": refuse, "__module__": onebit.__name__}))

@@ -1,0 +1,116 @@
+"""Reading safetensors folders and writing folders that appear whole or not at all."""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from ..errors import UserError
+
+
+def read_config_json(folder):
+    """Read a model folder's config.json.
+
+    Args:
+        folder (str | Path): Model folder.
+
+    Returns:
+        dict: Its content.
+
+    Raises:
+        UserError: When folder or file is missing or broken.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"model folder {folder} does not exist")
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"model folder {folder} has no config.json")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+
+
+def safetensors_files(folder):
+    """The weight files of a model folder, by its index when it has one.
+
+    Args:
+        folder (str | Path): Model folder.
+
+    Returns:
+        list[Path]: Existing files.
+
+    Raises:
+        UserError: When a file is missing.
+    """
+    folder = Path(folder)
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    elif single.is_file():
+        names = [single.name]
+    else:
+        raise UserError(f"model folder {folder} has neither {single.name} nor {index.name}")
+    for name in names:
+        if not (folder / name).is_file():
+            raise UserError(f"{index} names {name}, which does not exist")
+    return [folder / name for name in names]
+
+
+def read_state(folder):
+    """Read all tensors of a model folder.
+
+    Args:
+        folder (str | Path): Model folder.
+
+    Returns:
+        dict[str, Tensor]: By the names in the files.
+
+    Raises:
+        UserError: For a missing or damaged file.
+    """
+    state = {}
+    for path in safetensors_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():
+                    state[key] = file.get_tensor(key)
+        except SafetensorError as error:
+            raise UserError(f"{path} is not a readable safetensors file: {error}") from error
+    return state
+
+
+@contextlib.contextmanager
+def whole_folder(target):
+    """Write a folder under a temporary name and rename it at the end.
+
+    Args:
+        target (str | Path): Final name; what stands there is replaced only when all went well.
+
+    Yields:
+        Path: The temporary folder to write into.
+    """
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        yield work
+        work.chmod(0o755)
+        for path in work.rglob("*"):
+            if path.is_file():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+        if target.exists():
+            old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old."))
+            target.rename(old / "old")
+            work.rename(target)
+            shutil.rmtree(old)
+        else:
+            work.rename(target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)

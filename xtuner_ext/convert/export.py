@@ -1,0 +1,214 @@
+"""Writing a student as a folder that anyone can load.
+
+The folder carries its own modelling files, so ``AutoModelForCausalLM.from_pretrained(DIR,
+trust_remote_code=True)`` needs nothing of this package; with the package installed it needs no remote code.
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig
+
+from ..data.templates import get_template
+from ..errors import UserError
+from ..modeling import HybridVLForCausalLM
+from .checkpoint import whole_folder
+from .teacher import load_exactly, load_processor, load_teacher
+
+PACKAGE = Path(__file__).parent.parent
+MODELLING_FILES = (
+    *(f"modeling/{name}.py" for name in ("configuration", "cache", "mixers", "vision", "modeling", "processing")),
+    *(f"ops/{name}.py" for name in ("ssd", "causal_conv")),
+)
+AUTO_MAP = {
+    "AutoConfig": "configuration.HybridVLConfig",
+    "AutoModel": "modeling.HybridVLForCausalLM",
+    "AutoModelForCausalLM": "modeling.HybridVLForCausalLM",
+    "AutoModelForImageTextToText": "modeling.HybridVLForCausalLM",
+    "AutoProcessor": "processing.HybridVLProcessor",
+}
+PARITY_TOLERANCE = 1e-5
+
+
+def export_student(config, trained, teacher, out, dtype=torch.bfloat16, max_shard_size="5GB", recipe=None):
+    """Assemble a student from its trained weights and its teacher, write it, and check what was written.
+
+    Args:
+        config (HybridVLConfig): The student's configuration.
+        trained (dict[str, Tensor]): Trained weights under the student's names.
+        teacher (str): Folder that the other weights come from.
+        out (str): Folder to write; appears only when the check passes.
+        dtype (torch.dtype): Of the stored weights; decay rates and time-step biases stay fp32.
+        max_shard_size (str): Largest weight file.
+        recipe (dict, optional): Named in the model card.
+
+    Raises:
+        UserError: When a weight is missing, or the written model does not give the same logits.
+    """
+    source = load_teacher(teacher)
+    student = HybridVLForCausalLM(config)
+    state = _assemble(student, source.state_dict(), trained)
+    load_exactly(student, state, "the assembled student")
+    del source, state
+    _cast(student, dtype)
+    student.eval()
+    processor = load_processor(teacher)
+    with whole_folder(out) as folder:
+        _write_model(student, folder, max_shard_size)
+        _write_processor(processor, config, folder)
+        _write_generation_config(student, processor, config, folder)
+        (folder / "README.md").write_text(_model_card(config, teacher, dtype, recipe), encoding="utf-8")
+        difference = logits_difference(student, folder)
+        if not difference <= PARITY_TOLERANCE:
+            raise UserError(
+                f"export to {out} failed its check: the written model's logits differ by {difference:.3g} from the "
+                f"trained one's, at most {PARITY_TOLERANCE:g} is allowed"
+            )
+
+
+@torch.no_grad()
+def logits_difference(model, folder):
+    """Largest difference between a model's logits and those of the folder written from it.
+
+    Args:
+        model (HybridVLForCausalLM): What was written.
+        folder (str | Path): The written folder.
+
+    Returns:
+        float: Over one text row and, with an image front end, one tile.
+    """
+    written = HybridVLForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    config = model.config
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, config.vocab_size, (1, 48), generator=generator)
+    pixels = None
+    if config.vision is not None:
+        ids[ids == config.image_token_id] = 0
+        count = config.tokens_per_tile
+        ids = torch.cat([ids[:, :16], torch.full((1, count), config.image_token_id), ids[:, 16:]], dim=1)
+        size = config.vision["image_size"]
+        pixels = torch.randn(1, config.vision.get("num_channels", 3), size, size, generator=generator)
+    ours, theirs = (m(ids, pixel_values=pixels, use_cache=False).logits.float() for m in (model, written))
+    return (ours - theirs).abs().max().item()
+
+
+def _assemble(student, frozen, trained):
+    state = {}
+    for key in student.state_dict():
+        source = trained if key in trained else frozen
+        if key not in source or source[key].is_meta:
+            raise UserError(f"the checkpoint does not hold {key}, and the teacher has no such weight")
+        state[key] = source[key]
+    if surplus := sorted(set(trained) - set(state)):
+        raise UserError(f"the checkpoint holds {surplus[0]}, which the student does not have: another config made it")
+    return state
+
+
+def _cast(student, dtype):
+    for name, parameter in student.named_parameters():
+        keep = name.rsplit(".", 1)[-1] in student._keep_in_fp32_modules_strict
+        parameter.data = parameter.data.to(torch.float32 if keep else dtype)
+
+
+def _write_model(student, folder, max_shard_size):
+    student.config.auto_map = AUTO_MAP
+    student.config.architectures = [type(student).__name__]
+    student.config.dtype = student.lm_head.weight.dtype
+    student.save_pretrained(folder, max_shard_size=max_shard_size)
+    for name in MODELLING_FILES:
+        source = (PACKAGE / name).read_text(encoding="utf-8")
+        # The package's folders become one.
+        source = re.sub(r"from \.\.ops\.", "from .", source)
+        (folder / Path(name).name).write_text(source, encoding="utf-8")
+
+
+def _write_processor(processor, config, folder):
+    processor.save_pretrained(folder)
+    path = folder / processor.config_name
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({**settings, "auto_map": {"AutoProcessor": AUTO_MAP["AutoProcessor"]}}, indent=2))
+    if processor.tokenizer.chat_template is None:
+        (folder / "chat_template.jinja").write_text(_chat_template(get_template(config.template)), encoding="utf-8")
+
+
+def _chat_template(template):
+    """A template's conversations as Jinja."""
+
+    def literal(text):
+        return text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
+
+    before, after = (literal(part) for part in template.instruction.split("{input}"))
+    system_before, system_after = (literal(part) for part in (template.system or "{system}").split("{system}"))
+    content = (
+        "{%- set text = namespace(value='') -%}"
+        "{%- if m['content'] is string -%}{%- set text.value = m['content'] -%}{%- else -%}"
+        "{%- for p in m['content'] -%}{%- set text.value = text.value + "
+        "('<image>\\n' if p['type'] == 'image' else p['text']) -%}{%- endfor -%}{%- endif -%}"
+    )
+    default = ""
+    if template.default_system:
+        default = (
+            "{%- if messages[0]['role'] != 'system' -%}{{ '"
+            + system_before + literal(template.default_system) + system_after + "' }}{%- endif -%}"
+        )
+    return (
+        default + "{%- for m in messages -%}" + content
+        + "{%- if m['role'] == 'system' -%}{{ '" + system_before + "' + text.value + '" + system_after + "' }}"
+        + "{%- elif m['role'] == 'user' -%}{{ '" + before + "' + text.value + '" + after + "' }}"
+        + "{%- else -%}{{ text.value + '" + literal(template.suffix) + literal(template.sep) + "' }}{%- endif -%}"
+        + "{%- endfor -%}"
+    )
+
+
+def _write_generation_config(student, processor, config, folder):
+    from ..evaluation.runner import stop_token_ids
+
+    stops = stop_token_ids(processor.tokenizer, get_template(config.template))
+    GenerationConfig(
+        bos_token_id=config.bos_token_id,
+        eos_token_id=stops,
+        pad_token_id=config.pad_token_id,
+        do_sample=False,
+    ).save_pretrained(folder)
+
+
+def _model_card(config, teacher, dtype, recipe):
+    attention = [i for i, word in enumerate(config.layer_types) if word == "full_attention"]
+    kind = "hybrid" if attention else "linear"
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: image-text-to-text" if config.vision else "pipeline_tag: text-generation",
+        "tags: [mamba2, linear-attention, distillation]",
+        "---",
+        "",
+        f"# A {kind} Mamba-2 student of {Path(str(teacher)).name}",
+        "",
+        f"{config.num_hidden_layers} layers; attention is kept in {attention or 'none'}, the others mix by Mamba-2. "
+        f"Weights are {str(dtype).removeprefix('torch.')}. The licence of the teacher applies.",
+        "",
+        f"One sequence's cache takes {config.cache_bytes(1024):,} bytes after 1,024 tokens and "
+        f"{config.cache_bytes(65536):,} after 65,536; the teacher's would take "
+        f"{_teacher_cache_bytes(config, 1024):,} and {_teacher_cache_bytes(config, 65536):,}.",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoProcessor",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("DIR", trust_remote_code=True)',
+        'processor = AutoProcessor.from_pretrained("DIR", trust_remote_code=True)',
+        "```",
+    ]
+    if recipe:
+        lines += ["", "## Recipe", "", "```json", json.dumps(recipe, indent=2), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def _teacher_cache_bytes(config, length):
+    everywhere = type(config).from_dict({**config.to_dict(), "layer_types": ["full_attention"] * config.num_hidden_layers})
+    return everywhere.cache_bytes(length)
+
+
+from .digits_teacher import write_digits_teacher  # noqa

@@ -1,0 +1,236 @@
+"""Key map of HoVLE, a decoder-only vision-language model (arXiv 2412.16158).
+
+HoVLE keeps its first layers in ``embedding_model`` and the rest in ``language_model``; here both are one
+stack with one global index. Two of its tensors are never read on the image path. They do not become
+parameters, but the map carries them under ``unread.`` so that a checkpoint can be written back bit by bit.
+"""
+
+import torch
+
+from ..errors import UserError
+from ..modeling.configuration import HybridVLConfig
+
+NAME = "HoVLE"
+
+FIXED_KEYS = {
+    "embedding_model.vision_embeddings.class_embedding": "unread.class_embedding",
+    "embedding_model.vision_embeddings.position_embedding": "vision.position_embedding",
+    "embedding_model.vision_embeddings.patch_embedding.weight": "vision.patch_embedding.weight",
+    "embedding_model.vision_embeddings.patch_embedding.bias": "vision.patch_embedding.bias",
+    "embedding_model.llm_text_embeddings.weight": "model.embed_tokens.weight",
+    "embedding_model.pixel_shuffle_proj.0.weight": "vision.projector.0.weight",
+    "embedding_model.pixel_shuffle_proj.0.bias": "vision.projector.0.bias",
+    "embedding_model.pixel_shuffle_proj.2.weight": "vision.projector.2.weight",
+    "embedding_model.pixel_shuffle_proj.2.bias": "vision.projector.2.bias",
+    "language_model.model.tok_embeddings.weight": "unread.tok_embeddings.weight",
+    "language_model.model.norm.weight": "model.norm.weight",
+    "language_model.output.weight": "lm_head.weight",
+}
+LAYER_KEYS = {
+    "attention.wo.weight": "mixer.o_proj.weight",
+    "feed_forward.w1.weight": "mlp.gate_proj.weight",
+    "feed_forward.w3.weight": "mlp.up_proj.weight",
+    "feed_forward.w2.weight": "mlp.down_proj.weight",
+    "attention_norm.weight": "input_layernorm.weight",
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+}
+PACKED_KEY = "attention.wqkv.weight"
+PROJECTIONS = ("mixer.q_proj.weight", "mixer.k_proj.weight", "mixer.v_proj.weight")
+
+# Fields in which the two halves must agree, because one stack has one width.
+SHARED_FIELDS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "hidden_act")
+
+
+def matches(raw):
+    """bool: Whether a config.json describes this family."""
+    return "embedding_config" in raw and "llm_config" in raw
+
+
+def model_config(raw, where="config.json"):
+    """Translate HoVLE's config.json.
+
+    Args:
+        raw (dict): Its content.
+        where (str): The file's name, for messages.
+
+    Returns:
+        HybridVLConfig: Attention everywhere.
+
+    Raises:
+        UserError: For a missing field or a variant that this map does not cover.
+    """
+    embedding, llm = raw["embedding_config"], raw["llm_config"]
+
+    def need(section, name, fields):
+        if name not in fields:
+            raise UserError(f"{where}: {section}.{name} is missing")
+        return fields[name]
+
+    for field in SHARED_FIELDS:
+        ours, theirs = embedding.get(field), llm.get(field)
+        if None not in (ours, theirs) and ours != theirs:
+            raise UserError(f"{where}: embedding_config.{field} is {ours}, llm_config.{field} is {theirs}: must agree")
+    expected = {"pixel_shuffle_loc": "pre", "use_pixel_shuffle_proj": True, "use_ls": False}
+    for field, value in expected.items():
+        if embedding.get(field, value) != value:
+            raise UserError(f"{where}: embedding_config.{field} is {embedding[field]!r}, only {value!r} is supported")
+    if embedding.get("special_token_maps"):
+        raise UserError(f"{where}: embedding_config.special_token_maps is not empty, which is not supported")
+    width, heads = need("llm_config", "hidden_size", llm), need("llm_config", "num_attention_heads", llm)
+    embedding_layers = need("embedding_config", "num_hidden_layers", embedding)
+    rope, embedding_rope = _rope(llm, "llm_config", need), _rope(embedding, "embedding_config", need)
+    overrides = {key: value for key, value in embedding_rope.items() if rope[key] != value}
+    return HybridVLConfig(
+        architectures=["HybridVLForCausalLM"],
+        vocab_size=need("llm_config", "vocab_size", llm),
+        hidden_size=width,
+        intermediate_size=need("llm_config", "intermediate_size", llm),
+        num_hidden_layers=embedding_layers + need("llm_config", "num_hidden_layers", llm),
+        num_attention_heads=heads,
+        num_key_value_heads=llm.get("num_key_value_heads") or heads,
+        hidden_act=llm.get("hidden_act", "silu"),
+        attention_bias=False,
+        tie_word_embeddings=False,
+        **rope,
+        pad_token_id=llm.get("pad_token_id", 0),
+        bos_token_id=llm.get("bos_token_id", 1),
+        eos_token_id=llm.get("eos_token_id", 2),
+        vision={
+            "front_end": "patch",
+            "image_size": raw.get("force_image_size") or need("embedding_config", "image_size", embedding),
+            "patch_size": need("embedding_config", "patch_size", embedding),
+            "num_channels": embedding.get("num_channels", 3),
+            "downsample_ratio": embedding.get("downsample_ratio", raw.get("downsample_ratio", 0.5)),
+        },
+        image_token_id=need("embedding_config", "img_context_token_id", embedding),
+        template=raw.get("template", "internlm2-chat"),
+        num_embedding_layers=embedding_layers,
+        embedding_overrides=overrides or None,
+    )
+
+
+def processor_settings(raw):
+    """Tiling of HoVLE's config.json as arguments of ``HybridVLProcessor``.
+
+    Args:
+        raw (dict): Content of config.json.
+
+    Returns:
+        dict: ``image_size``, ``min_tiles``, ``max_tiles`` and ``use_thumbnail``.
+    """
+    dynamic = raw.get("dynamic_image_size", True)
+    return {
+        "image_size": raw.get("force_image_size") or raw["embedding_config"]["image_size"],
+        "min_tiles": raw.get("min_dynamic_patch", 1) if dynamic else 1,
+        "max_tiles": raw.get("max_dynamic_patch", 12) if dynamic else 1,
+        "use_thumbnail": raw.get("use_thumbnail", True),
+    }
+
+
+def to_model(config, state):
+    """Rename HoVLE's tensors, splitting the packed projections.
+
+    Args:
+        config (HybridVLConfig): Gives head counts.
+        state (dict[str, Tensor]): HoVLE's tensors.
+
+    Returns:
+        dict[str, Tensor]: Our names; unread tensors under ``unread.``.
+    """
+    renamed = {}
+    for key, tensor in state.items():
+        if key in FIXED_KEYS:
+            renamed[FIXED_KEYS[key]] = tensor
+            continue
+        prefix, suffix = _layer_prefix(config, key)
+        if suffix == PACKED_KEY:
+            renamed.update(zip((f"{prefix}.{name}" for name in PROJECTIONS), split_wqkv(config, tensor)))
+        elif suffix in LAYER_KEYS:
+            renamed[f"{prefix}.{LAYER_KEYS[suffix]}"] = tensor
+        else:
+            renamed[key] = tensor
+    return renamed
+
+
+def to_checkpoint(config, state):
+    """Inverse of :func:`to_model`.
+
+    Args:
+        config (HybridVLConfig): Gives head counts.
+        state (dict[str, Tensor]): Our tensors of an all-attention model.
+
+    Returns:
+        dict[str, Tensor]: HoVLE's names and packing.
+    """
+    fixed = {ours: theirs for theirs, ours in FIXED_KEYS.items()}
+    layer = {ours: theirs for theirs, ours in LAYER_KEYS.items()}
+    renamed = {}
+    for key, tensor in state.items():
+        if key in fixed:
+            renamed[fixed[key]] = tensor
+            continue
+        _, _, index, suffix = key.split(".", 3)
+        prefix = _hovle_prefix(config, int(index))
+        if suffix == PROJECTIONS[0]:
+            parts = [state[f"model.layers.{index}.{name}"] for name in PROJECTIONS]
+            renamed[f"{prefix}.{PACKED_KEY}"] = merge_wqkv(config, *parts)
+        elif suffix in layer:
+            renamed[f"{prefix}.{layer[suffix]}"] = tensor
+    return renamed
+
+
+def split_wqkv(config, weight):
+    """Split InternLM2's packed projection, whose rows are grouped per key/value head as [q.., k, v].
+
+    Args:
+        config (HybridVLConfig): Gives head counts.
+        weight (Tensor): ((H + 2G) * P, D).
+
+    Returns:
+        tuple[Tensor, Tensor, Tensor]: q (H*P, D), k (G*P, D) and v (G*P, D).
+    """
+    width, per_group = weight.shape[1], config.num_attention_heads // config.num_key_value_heads
+    groups = weight.view(config.num_key_value_heads, per_group + 2, config.head_dim, width)
+    return (
+        groups[:, :per_group].reshape(-1, width),
+        groups[:, per_group].reshape(-1, width),
+        groups[:, per_group + 1].reshape(-1, width),
+    )
+
+
+def merge_wqkv(config, q, k, v):
+    """Inverse of :func:`split_wqkv`."""
+    width, groups = q.shape[1], config.num_key_value_heads
+    parts = [part.reshape(groups, -1, config.head_dim, width) for part in (q, k, v)]
+    return torch.cat(parts, dim=1).reshape(-1, width)
+
+
+def unread_shapes(config):
+    """Shapes of the tensors that a HoVLE checkpoint has and the model never reads."""
+    width = config.hidden_size
+    return {"unread.class_embedding": (1, 1, width), "unread.tok_embeddings.weight": (config.vocab_size, width)}
+
+
+def _rope(fields, section, need):
+    scaling = fields.get("rope_scaling") or {"type": "default"}
+    rope = {"rope_type": scaling.get("rope_type", scaling.get("type")), "rope_theta": need(section, "rope_theta", fields)}
+    rope.update({key: value for key, value in scaling.items() if key not in ("type", "rope_type")})
+    return {
+        "rope_parameters": rope,
+        "max_position_embeddings": need(section, "max_position_embeddings", fields),
+        "rms_norm_eps": need(section, "rms_norm_eps", fields),
+    }
+
+
+def _layer_prefix(config, key):
+    for start, offset in (("embedding_model.encoder.", 0), ("language_model.model.layers.", config.num_embedding_layers)):
+        if key.startswith(start):
+            index, suffix = key[len(start) :].split(".", 1)
+            return f"model.layers.{int(index) + offset}", suffix
+    return None, key
+
+
+def _hovle_prefix(config, index):
+    if index < config.num_embedding_layers:
+        return f"embedding_model.encoder.{index}"
+    return f"language_model.model.layers.{index - config.num_embedding_layers}"

@@ -1,0 +1,147 @@
+"""Teachers of any supported family as a ``HybridVLForCausalLM`` with attention everywhere."""
+
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoTokenizer
+
+from ..errors import UserError
+from ..modeling import HybridVLConfig, HybridVLForCausalLM
+from ..modeling.processing import HybridVLProcessor
+from . import hovle
+from .checkpoint import read_config_json, read_state
+
+FAMILIES = (hovle,)
+
+# Where configs may point for the teacher that the package ships.
+EMBEDDED = {"digits-teacher": Path(__file__).parent.parent / "assets" / "digits_teacher"}
+
+
+def resolve_folder(path):
+    """Path: A model folder, with the names of shipped models resolved."""
+    return Path(EMBEDDED.get(str(path), path))
+
+
+def teacher_family(folder):
+    """Find the key map for a folder.
+
+    Args:
+        folder (str | Path): Model folder.
+
+    Returns:
+        module: The family's key map, or None for a folder that this package exported.
+
+    Raises:
+        UserError: For a folder that no map covers.
+    """
+    raw = read_config_json(folder)
+    if raw.get("model_type") == HybridVLConfig.model_type:
+        return None
+    for family in FAMILIES:
+        if family.matches(raw):
+            return family
+    known = ", ".join(family.NAME for family in FAMILIES)
+    raise UserError(
+        f"{Path(folder) / 'config.json'} has model_type {raw.get('model_type')!r}, which is none of: {known}, "
+        f"{HybridVLConfig.model_type}"
+    )
+
+
+def load_teacher(pretrained_model_name_or_path, dtype=None):
+    """Load a teacher.
+
+    Under accelerate's ``init_empty_weights`` only the structure is built.
+
+    Args:
+        pretrained_model_name_or_path (str): Local folder, or the name of a shipped model.
+        dtype (str | torch.dtype, optional): Such as ``"bfloat16"``; the checkpoint's own when absent.
+
+    Returns:
+        HybridVLForCausalLM: The teacher, in evaluation mode.
+
+    Raises:
+        UserError: For an unsupported or incomplete folder.
+    """
+    folder = resolve_folder(pretrained_model_name_or_path)
+    family = teacher_family(folder)
+    raw = read_config_json(folder)
+    try:
+        config = HybridVLConfig.from_dict(raw) if family is None else family.model_config(raw, folder / "config.json")
+    except ValueError as error:
+        raise UserError(f"{folder / 'config.json'}: {error}") from error
+    empty = _meta_context()
+    with init_empty_weights():
+        model = HybridVLForCausalLM(config)
+    if not empty:
+        state = read_state(folder)
+        if family is not None:
+            state = family.to_model(config, state)
+        load_exactly(model, state, folder)
+        # Buffers without a checkpoint entry were built on the CPU already; nothing is left on meta.
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        if dtype is not None:
+            model = model.to(dtype)
+    return model.eval()
+
+
+def load_exactly(model, state, where):
+    """Load tensors and insist on every key and shape.
+
+    Args:
+        model (HybridVLForCausalLM): Receives the tensors; its parameters may be on meta.
+        state (dict[str, Tensor]): Our names; ``unread.`` entries are left out.
+        where (str | Path): Names the source in messages.
+
+    Raises:
+        UserError: For a missing, surplus or misshapen tensor.
+    """
+    state = {key: tensor for key, tensor in state.items() if not key.startswith("unread.")}
+    expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    missing, surplus = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
+    if missing:
+        raise UserError(f"{where}: {len(missing)} tensors are missing, the first is {missing[0]}")
+    if surplus:
+        raise UserError(f"{where}: {len(surplus)} tensors are unknown, the first is {surplus[0]}")
+    for key, shape in expected.items():
+        if tuple(state[key].shape) != shape:
+            raise UserError(f"{where}: {key} has shape {tuple(state[key].shape)}, expected {shape}")
+    model.load_state_dict(state, strict=True, assign=True)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+
+
+def load_processor(pretrained_model_name_or_path, max_tiles=None):
+    """The processor of a teacher or exported folder.
+
+    Args:
+        pretrained_model_name_or_path (str): Local folder, or the name of a shipped model.
+        max_tiles (int, optional): Overrides the folder's own limit.
+
+    Returns:
+        HybridVLProcessor: With the folder's tokenizer.
+
+    Raises:
+        UserError: When config.json or the tokenizer is missing.
+    """
+    folder = resolve_folder(pretrained_model_name_or_path)
+    family, raw = teacher_family(folder), read_config_json(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} has no tokenizer that loads: {error}") from error
+    if family is None:
+        processor = HybridVLProcessor.from_pretrained(folder)
+        processor.tokenizer = tokenizer
+    else:
+        config = family.model_config(raw, folder / "config.json")
+        settings = family.processor_settings(raw)
+        processor = HybridVLProcessor(tokenizer, tokens_per_tile=config.tokens_per_tile, **settings)
+    if max_tiles is not None:
+        processor.max_tiles = max_tiles
+    return processor
+
+
+def _meta_context():
+    # accelerate patches parameter registration; a fresh parameter tells whether that is active.
+    return torch.nn.Linear(1, 1).weight.is_meta

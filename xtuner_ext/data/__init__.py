@@ -1,0 +1,1 @@
+"""From annotation files to padded batches; knows tokenizers and images, not models."""

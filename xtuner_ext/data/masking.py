@@ -1,0 +1,38 @@
+"""Token ids and labels of a conversation, turn by turn."""
+
+import torch
+
+IGNORE_INDEX = -100
+
+
+def encode_conversation(tokenizer, template, turns, system=None):
+    """Tokenize a conversation and mark what is trained.
+
+    Every turn is tokenized on its own, as question block plus answer, so no re-tokenized substring has to
+    be matched against the whole; all templates end a turn with a token that nothing merges with.
+
+    Args:
+        tokenizer (PreTrainedTokenizerBase): Its own leading tokens (such as a beginning-of-sequence token)
+            are kept.
+        template (Template): Conversation template.
+        turns (list[tuple[str, str]]): Questions and answers, image tokens already expanded.
+        system (str, optional): System message.
+
+    Returns:
+        tuple[Tensor, Tensor]: ``input_ids`` and ``labels`` (L,); labels are -100 outside the answers.
+    """
+    ids = list(tokenizer("").input_ids)
+    if ids and tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id:
+        ids = ids[:-1]
+    labels = [IGNORE_INDEX] * len(ids)
+    for number, (question, answer) in enumerate(turns):
+        prompt = template.prompt(question, first=number == 0, system=system)
+        prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
+        turn_ids = tokenizer(prompt + answer + template.suffix, add_special_tokens=False).input_ids
+        # The last prompt token may merge with the answer's first; what differs is trained.
+        start = 0
+        while start < len(prompt_ids) and prompt_ids[start] == turn_ids[start]:
+            start += 1
+        ids += turn_ids
+        labels += [IGNORE_INDEX] * start + turn_ids[start:]
+    return torch.tensor(ids), torch.tensor(labels)

@@ -1,0 +1,108 @@
+"""Conversation templates.
+
+The fields are XTuner's: a turn reads ``INSTRUCTION`` with the question, the answer, ``SUFFIX``, then
+``SEP`` before the next turn; the answer and the suffix are trained. Names with a hyphen are InternVL's,
+which put no newline between turns; names with an underscore are XTuner's.
+"""
+
+import dataclasses
+
+from ..errors import UserError
+
+INTERNVL_SYSTEM = (
+    "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
+)
+INTERNVL2_5_SYSTEM = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """How a conversation is written down.
+
+    Attributes:
+        system (str): Block around the system message, with ``{system}``.
+        instruction (str): Block around a question, with ``{input}``; ends where the answer begins.
+        suffix (str): Ends an answer; trained.
+        sep (str): Between turns; not trained.
+        default_system (str | None): System message when the sample brings none.
+        stop_words (tuple[str, ...]): End generation besides the end-of-sequence token.
+    """
+
+    system: str
+    instruction: str
+    suffix: str = ""
+    sep: str = ""
+    default_system: str | None = None
+    stop_words: tuple = ()
+
+    def prompt(self, question, first=True, system=None):
+        """Text up to where the answer begins.
+
+        Args:
+            question (str): The user's words.
+            first (bool): Whether this opens the conversation; later turns start with ``sep``.
+            system (str, optional): Overrides the default system message.
+
+        Returns:
+            str: The rendered prompt.
+        """
+        system = self.default_system if system is None else system
+        head = self.sep if not first else self.system.format(system=system) if system else ""
+        return head + self.instruction.replace("{input}", question)
+
+
+def _chatml(newline, default_system):
+    return Template(
+        system="<|im_start|>system\n{system}<|im_end|>" + newline,
+        instruction="<|im_start|>user\n{input}<|im_end|>" + newline + "<|im_start|>assistant\n",
+        suffix="<|im_end|>",
+        sep=newline,
+        default_system=default_system,
+        stop_words=("<|im_end|>",),
+    )
+
+
+TEMPLATES = {
+    "internlm2-chat": _chatml("", INTERNVL_SYSTEM),
+    "Hermes-2": _chatml("", INTERNVL_SYSTEM),
+    "internvl2_5": _chatml("\n", INTERNVL2_5_SYSTEM),
+    "internlm2_chat": _chatml("\n", None),
+    "qwen_chat": _chatml("\n", None),
+    "phi3-chat": Template(
+        system="<|system|>\n{system}<|end|>",
+        instruction="<|user|>\n{input}<|end|><|assistant|>\n",
+        suffix="<|end|>",
+        default_system=INTERNVL_SYSTEM,
+        stop_words=("<|end|>",),
+    ),
+}
+
+
+def get_template(name):
+    """Look a template up by InternVL's or XTuner's name.
+
+    Args:
+        name (str): Such as ``internlm2-chat`` (InternVL) or ``vicuna`` (XTuner).
+
+    Returns:
+        Template: The template.
+
+    Raises:
+        UserError: For a name that neither knows.
+    """
+    if name in TEMPLATES:
+        return TEMPLATES[name]
+    # Imported here: XTuner's package takes seconds to load.
+    from xtuner.utils import PROMPT_TEMPLATE
+
+    if name not in PROMPT_TEMPLATE:
+        known = ", ".join(sorted({*TEMPLATES, *PROMPT_TEMPLATE}))
+        raise UserError(f"unknown prompt template {name!r}, expected one of {known}")
+    fields = PROMPT_TEMPLATE[name]
+    return Template(
+        system=fields.get("SYSTEM", ""),
+        instruction=fields["INSTRUCTION"].replace("{bot_name}", "BOT").replace("{round}", "1"),
+        suffix=fields.get("SUFFIX", ""),
+        sep=fields.get("SEP", ""),
+        stop_words=tuple(fields.get("STOP_WORDS", ())),
+    )

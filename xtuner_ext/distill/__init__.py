@@ -1,0 +1,5 @@
+"""Three-stage distillation under MMEngine."""
+
+from .model import DistillModel
+
+__all__ = ["DistillModel"]

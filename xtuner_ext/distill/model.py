@@ -1,0 +1,256 @@
+"""Three-stage distillation of an attention decoder into a linear or hybrid one.
+
+Stage 1 aligns every new mixer with the attention beside it, training only what attention does not have.
+Stage 2 does the same and trains q, k and v too. Stage 3 matches the next-token distributions end to end;
+here layers may keep their attention. In stages 1 and 2 every layer is fed the teacher's own hidden states,
+so one forward pass gives all targets and no layer's gradient reaches another.
+"""
+
+import torch
+from torch import nn
+from xtuner.registry import BUILDER
+
+from ..convert.seeding import Seeding, seed_mixer
+from ..errors import UserError
+from ..modeling import Mamba2Mixer, PairedMixer, layer_types_from_attention
+from ..modeling.configuration import MixerConfig, check_layer_types
+from .base import HybridModel
+from .losses import alignment_error, chunked_divergence
+from .stages import describe, load_previous_stage
+
+TRAINABLE = {
+    # What attention does not have.
+    "new": ("conv1d.", "dt_proj.", "dt_bias", "A_log", "D", "q_norm.", "k_norm.", "g_proj.", "g_norm."),
+    "qkv": ("q_proj.", "k_proj.", "v_proj."),
+}
+SCOPES = ("new", "mixers", "all")
+
+
+class DistillModel(HybridModel):
+    """Teacher and student in one set of layers.
+
+    Args:
+        llm (dict | nn.Module): The teacher, or the config that loads it.
+        stage (int): 1, 2 or 3.
+        mixer (dict, optional): Fields of ``MixerConfig``.
+        seeding (dict, optional): Fields of ``Seeding``.
+        attention_layers (list[int], optional): Layers that keep attention in stage 3; none when absent.
+        layer_types (list[str], optional): The same as one word per layer; overrides ``attention_layers``.
+        trainable (str, optional): ``new``, ``mixers`` (new weights and q, k, v) or ``all``; by default
+            ``new`` in stage 1 and ``mixers`` after it. ``all`` is for stage 3 and loads a frozen teacher
+            besides the student.
+        alignment (dict, optional): Stages 1 and 2: ``scale`` and ``normalise`` of the layer loss.
+        divergence (dict, optional): Stage 3: ``direction``, ``temperature``, ``tokens`` (``answer`` or
+            ``all``), ``reduction`` (``mean`` over tokens or ``batchmean``) and ``chunk_rows``.
+        pretrained_pth (str, optional): Checkpoint of the stage before.
+        seed (int): Seed of new weights.
+        data_preprocessor (dict, optional): MMEngine's.
+
+    Raises:
+        UserError: For settings that contradict each other or the teacher.
+    """
+
+    def __init__(
+        self,
+        llm,
+        stage,
+        mixer=None,
+        seeding=None,
+        attention_layers=None,
+        layer_types=None,
+        trainable=None,
+        alignment=None,
+        divergence=None,
+        pretrained_pth=None,
+        seed=0,
+        data_preprocessor=None,
+    ):
+        super().__init__(llm, data_preprocessor)
+        if stage not in (1, 2, 3):
+            raise UserError(f"model.stage is {stage!r}, expected 1, 2 or 3")
+        self.stage = stage
+        self.trainable = trainable or ("new" if stage == 1 else "mixers")
+        if self.trainable not in SCOPES or (self.trainable == "all" and stage != 3):
+            raise UserError(f"model.trainable is {trainable!r}, expected one of {SCOPES}, 'all' only in stage 3")
+        self.alignment = {"scale": 1000.0, "normalise": False, **(alignment or {})}
+        self.divergence = {
+            **{"direction": "forward", "temperature": 1.0, "tokens": "answer", "reduction": "mean", "chunk_rows": 1024},
+            **(divergence or {}),
+        }
+        self.student_config = self._student_config(mixer, attention_layers, layer_types)
+        # Where the student changes what both would share, the teacher needs a copy of its own.
+        self.teacher = BUILDER.build(llm) if self.trainable == "all" else None
+        self._pair(Seeding.from_dict(seeding or {}), seed)
+        self._freeze()
+        if pretrained_pth is not None and not self.llm.lm_head.weight.is_meta:
+            load_previous_stage(self, pretrained_pth)
+
+    def compute_loss(self, input_ids, labels, attention_mask=None, pixel_values=None, segment_ids=None):
+        """Loss of one batch and what the log should show besides.
+
+        Args:
+            input_ids (Tensor): (B, L).
+            labels (Tensor): (B, L), -100 where nothing is supervised.
+            attention_mask (Tensor, optional): (B, L).
+            pixel_values (Tensor, optional): (T, 3, S, S).
+            segment_ids (Tensor, optional): (B, L) of packed rows.
+
+        Returns:
+            dict[str, Tensor]: ``loss`` and measures.
+        """
+        inputs = {"attention_mask": attention_mask, "segment_ids": segment_ids}
+        if self.stage < 3:
+            return self._alignment_loss(input_ids, pixel_values, inputs)
+        return self._divergence_loss(input_ids, labels, pixel_values, inputs)
+
+    def describe(self):
+        """dict: What a later stage needs to know to accept this one's checkpoint."""
+        return describe(self)
+
+    def student_state(self):
+        """Weights that this model has trained, under the student's own names.
+
+        Returns:
+            dict[str, Tensor]: Keys of ``HybridVLForCausalLM``.
+        """
+        state = {key: tensor for key, tensor in self.state_dict().items() if key.startswith("llm.")}
+        return {key.removeprefix("llm.").replace(".mixer.mamba.", ".mixer."): value for key, value in state.items()}
+
+    def to_hf(self, cfg, save_dir, fp32=False, save_pretrained_kwargs=None, save_format="xtuner", **_):
+        """Write the student as a complete model folder; called by ``xtuner convert pth_to_hf``.
+
+        Args:
+            cfg (Config): The training config; ``cfg.model.llm`` names the teacher.
+            save_dir (str): Folder to write.
+            fp32 (bool): Store fp32 instead of bf16.
+            save_pretrained_kwargs (dict, optional): ``max_shard_size``.
+            save_format (str): Accepted for XTuner's sake; there is one format.
+        """
+        from ..convert.export import export_student
+
+        kwargs = save_pretrained_kwargs or {}
+        export_student(
+            self.student_config,
+            self.student_state(),
+            teacher=cfg.model.llm["pretrained_model_name_or_path"],
+            out=save_dir,
+            dtype=torch.float32 if fp32 else torch.bfloat16,
+            max_shard_size=kwargs.get("max_shard_size", "5GB"),
+            recipe=self.describe(),
+        )
+
+    def _student_config(self, mixer, attention_layers, layer_types):
+        config = type(self.llm.config).from_dict(self.llm.config.to_dict())
+        try:
+            config.mixer = vars(MixerConfig.from_dict(dict(mixer or {})))
+            count = config.num_hidden_layers
+            if layer_types is None:
+                layer_types = layer_types_from_attention(list(attention_layers or []), count)
+            check_layer_types(layer_types, count)
+        except ValueError as error:
+            raise UserError(f"model: {error}") from error
+        if self.stage < 3 and "full_attention" in layer_types:
+            raise UserError("model.attention_layers belongs to stage 3: stages 1 and 2 align every layer")
+        config.layer_types = list(layer_types)
+        return config
+
+    def _pair(self, seeding, seed):
+        for index, layer in enumerate(self.llm.model.layers):
+            if self.student_config.layer_types[index] == "full_attention":
+                continue
+            attention = layer.mixer
+            mamba = Mamba2Mixer(self.student_config, index).to(attention.q_proj.weight.dtype)
+            _keep_decay_in_fp32(mamba)
+            seed_mixer(mamba, attention, seeding, torch.Generator().manual_seed(seed * 10007 + index))
+            if self.trainable != "all":
+                # Frozen on both sides: one copy serves teacher and student.
+                mamba.o_proj = attention.o_proj
+            if self.trainable == "new" and seeding.inherit_qkv:
+                mamba.q_proj, mamba.k_proj, mamba.v_proj = attention.q_proj, attention.k_proj, attention.v_proj
+            layer.mixer = PairedMixer(nn.Identity() if self.trainable == "all" else attention, mamba)
+
+    def _freeze(self):
+        self.requires_grad_(False)
+        if self.trainable == "all":
+            self.llm.requires_grad_(True)
+            return
+        wanted = TRAINABLE["new"] + (TRAINABLE["qkv"] if self.trainable == "mixers" else ())
+        for module in self.modules():
+            if isinstance(module, Mamba2Mixer):
+                for name, parameter in module.named_parameters():
+                    parameter.requires_grad_(name.startswith(wanted))
+
+    def _alignment_loss(self, input_ids, pixel_values, inputs):
+        decoder, normalise = self.llm.model, self.alignment["normalise"]
+        with torch.no_grad():
+            embeds = self.llm.embed(input_ids, pixel_values)
+        context = decoder.layer_context(embeds, **inputs)
+        mask = context["token_mask"]
+        real = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask
+        image = (input_ids == self.llm.config.image_token_id) & real
+        errors, measures, hidden = [], {}, embeds
+        split = {"image": [], "text": []}
+        for index, layer in enumerate(decoder.layers):
+            pair = layer.mixer
+            layer_inputs = layer.mixer_context(context)
+            with torch.no_grad():
+                normed = layer.input_layernorm(hidden)
+                target = pair.attention.head_outputs(normed, **layer_inputs)
+            prediction = pair.mamba.head_outputs(normed, **layer_inputs)
+            errors.append(alignment_error(prediction, target, mask, normalise))
+            measures[f"align/layer_{index:02d}"] = errors[-1].detach()
+            with torch.no_grad():
+                split["image"].append(alignment_error(prediction, target, image, normalise))
+                split["text"].append(alignment_error(prediction, target, real & ~image, normalise))
+                hidden = hidden + pair.attention.o_proj(target.flatten(2))
+                hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        for kind, values in split.items():
+            measures[f"align/{kind}"] = torch.stack(values).mean()
+        return {"loss": self.alignment["scale"] * torch.stack(errors).mean(), **measures}
+
+    def _divergence_loss(self, input_ids, labels, pixel_values, inputs):
+        options = self.divergence
+        teacher = self.llm if self.teacher is None else self.teacher
+        if self.teacher is None:
+            self._activate("full_attention")
+        with torch.no_grad():
+            embeds = teacher.embed(input_ids, pixel_values)
+            target = teacher.model(inputs_embeds=embeds, **inputs).last_hidden_state
+        self._activate("linear_attention")
+        if self.teacher is not None:
+            embeds = self.llm.embed(input_ids, pixel_values)
+        hidden = self.llm.model(inputs_embeds=embeds, **inputs).last_hidden_state
+        rows = self._rows(input_ids, labels, inputs["attention_mask"])
+        total, agreed = chunked_divergence(
+            hidden[rows],
+            self.llm.lm_head.weight,
+            target[rows],
+            teacher.lm_head.weight,
+            direction=options["direction"],
+            temperature=options["temperature"],
+            chunk_rows=options["chunk_rows"],
+        )
+        count = rows.sum().clamp(min=1)
+        loss = total / (count if options["reduction"] == "mean" else len(input_ids))
+        return {"loss": loss, "kl_per_token": (total / count).detach(), "agreement": agreed / count}
+
+    def _rows(self, input_ids, labels, attention_mask):
+        """Positions whose next-token distributions are compared, boolean (B, L)."""
+        if self.divergence["tokens"] == "all":
+            return torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        rows = torch.zeros_like(input_ids, dtype=torch.bool)
+        # A position predicts the token after it.
+        rows[:, :-1] = labels[:, 1:] != -100
+        return rows
+
+    def _activate(self, word):
+        for module in self.modules():
+            if isinstance(module, PairedMixer):
+                module.active = word
+
+
+def _keep_decay_in_fp32(mixer):
+    for name in ("A_log", "dt_bias", "D"):
+        if hasattr(mixer, name):
+            parameter = getattr(mixer, name)
+            parameter.data = parameter.data.float()

@@ -1,0 +1,144 @@
+"""Handing one stage's checkpoint to the next."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from ..errors import UserError
+
+
+def describe(model):
+    """What a checkpoint says of the run that made it.
+
+    Args:
+        model (DistillModel): The model in training.
+
+    Returns:
+        dict: Stage, layer types, mixer and teacher shape.
+    """
+    config = model.student_config
+    return {
+        "stage": model.stage,
+        "trainable": model.trainable,
+        "layer_types": list(config.layer_types),
+        "mixer": dict(config.mixer),
+        "teacher": teacher_shape(config),
+    }
+
+
+def teacher_shape(config):
+    """dict: The numbers in which two teachers must agree to share a checkpoint."""
+    keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+    return {key: getattr(config, key) for key in keys}
+
+
+def find_previous_checkpoint(work_dir, previous_stage):
+    """Find the newest checkpoint of the stage before, beside this stage's work_dir.
+
+    Args:
+        work_dir (str): This stage's folder, such as ``work_dirs/digits/stage2``.
+        previous_stage (str): The earlier stage's folder name, such as ``stage1``.
+
+    Returns:
+        str: Path of the checkpoint.
+
+    Raises:
+        UserError: When there is none.
+    """
+    folder = Path(work_dir).parent / previous_stage
+    pointer = folder / "last_checkpoint"
+    if not pointer.is_file():
+        raise UserError(
+            f"{pointer} does not exist: train {previous_stage} first, or give its checkpoint with "
+            f"--cfg-options model.pretrained_pth=PATH, or start without it with previous_stage=None"
+        )
+    path = pointer.read_text().strip()
+    # A run may have been moved since the pointer was written.
+    for candidate in (path, folder / os.path.basename(path)):
+        if os.path.exists(candidate):
+            return str(candidate)
+    raise UserError(f"{pointer} names {path}, which does not exist")
+
+
+def fill_previous_stage(cfg):
+    """Set ``cfg.model.pretrained_pth`` to the checkpoint of ``cfg.previous_stage``, when that is wanted.
+
+    Args:
+        cfg (Config): A stage's config with ``work_dir`` set.
+
+    Raises:
+        UserError: When the checkpoint is missing.
+    """
+    if cfg.get("previous_stage") and cfg.model.get("pretrained_pth") is None:
+        cfg.model.pretrained_pth = find_previous_checkpoint(cfg.work_dir, cfg.previous_stage)
+
+
+def read_checkpoint(path):
+    """Read a training checkpoint.
+
+    Args:
+        path (str): ``.pth`` file, or a folder that DeepSpeed wrote.
+
+    Returns:
+        tuple[dict, dict]: Weights, and what the run said of itself (empty for DeepSpeed's folders).
+
+    Raises:
+        UserError: For a file that is missing, damaged or no training checkpoint.
+    """
+    if os.path.isdir(path):
+        from xtuner.model.utils import guess_load_checkpoint
+
+        return guess_load_checkpoint(path), {}
+    if not os.path.isfile(path):
+        raise UserError(f"checkpoint {path} does not exist")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # torch raises half a dozen types for a damaged or forbidden file.
+        raise UserError(f"checkpoint {path} cannot be read: {str(error).splitlines()[0]}") from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise UserError(f"checkpoint {path} holds no 'state_dict', expected a checkpoint of tools/dist.sh train")
+    return checkpoint["state_dict"], checkpoint.get("meta", {}).get("distill") or {}
+
+
+def load_previous_stage(model, path):
+    """Load the stage before into a model and insist that it fits.
+
+    Args:
+        model (DistillModel): Receives the weights.
+        path (str): Checkpoint.
+
+    Raises:
+        UserError: For the wrong stage, teacher or mixer, or weights that are missing or unknown.
+    """
+    state, found = read_checkpoint(path)
+    ours = model.describe()
+    if found:
+        if found["stage"] >= ours["stage"] and ours["stage"] < 3:
+            raise UserError(f"checkpoint {path} comes from stage {found['stage']}, stage {ours['stage']} needs an earlier one")
+        for key in ("teacher", "mixer"):
+            if found[key] != ours[key]:
+                different = {k: (found[key].get(k), v) for k, v in ours[key].items() if found[key].get(k) != v}
+                raise UserError(f"checkpoint {path} was trained with another {key}: {json.dumps(different)} (found, expected)")
+    elif not any(".mixer.mamba." in key for key in state):
+        raise UserError(f"checkpoint {path} has no distilled mixer, expected one of stage {ours['stage'] - 1}")
+    expected = model.state_dict()
+    kept = [i for i, word in enumerate(ours["layer_types"]) if word == "full_attention"]
+    # A hybrid keeps attention where stages 1 and 2 trained a mixer; those weights are left behind.
+    behind = tuple(f"llm.model.layers.{i}.mixer.mamba." for i in kept)
+    state = {key: value for key, value in state.items() if not key.startswith(behind)} if behind else state
+    if unknown := sorted(set(state) - set(expected)):
+        raise UserError(f"checkpoint {path} has {len(unknown)} weights that stage {ours['stage']} does not, first {unknown[0]}")
+    new = [key for key in expected if ".mixer.mamba." in key and ("A_log" in key or "dt_bias" in key)]
+    if missing := sorted(set(new) - set(state)):
+        raise UserError(f"checkpoint {path} misses {len(missing)} weights, the first is {missing[0]}")
+    with torch.no_grad():
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        for key, value in state.items():
+            if parameters[key].shape != value.shape:
+                raise UserError(
+                    f"checkpoint {path}: {key} has shape {tuple(value.shape)}, expected {tuple(parameters[key].shape)}"
+                )
+            parameters[key].copy_(value)

@@ -1,0 +1,1 @@
+"""Running models on annotated questions, and scoring what they say."""

@@ -1,0 +1,120 @@
+"""Batched, deterministic answering of annotated questions."""
+
+import torch
+
+from ..data.annotation import JsonlAnnotations, read_meta
+from ..data.dataset import open_image
+from .scorers import exact_match
+
+
+def read_questions(meta, limit=None):
+    """Questions of every dataset in a meta JSON; later turns bring the earlier ones with their gold answers.
+
+    Args:
+        meta (str): Path of the meta JSON.
+        limit (int, optional): Only the first n questions.
+
+    Returns:
+        list[dict]: ``id``, ``turns`` (question, answer or None), ``images``, ``gold``, ``category``, ``where``.
+    """
+    questions = []
+    for entry in read_meta(meta):
+        annotations = JsonlAnnotations(entry.annotation, entry.root)
+        for index in range(len(annotations)):
+            record = annotations[index]
+            for turn, (question, answer) in enumerate(record.turns):
+                turns = [*record.turns[:turn], (question, None)]
+                needed = sum(text.count("<image>") for text, _ in turns)
+                questions.append(
+                    {
+                        "id": record.id if len(record.turns) == 1 else f"{record.id}#{turn}",
+                        "turns": turns,
+                        "images": record.images[:needed],
+                        "system": record.system,
+                        "gold": answer,
+                        "category": record.category,
+                        "where": record.where,
+                    }
+                )
+                if limit is not None and len(questions) == limit:
+                    return questions
+    return questions
+
+
+def render(template, turns, system=None):
+    """Write a conversation down up to the answer that is wanted.
+
+    Args:
+        template (Template): Conversation template.
+        turns (list[tuple[str, str | None]]): Questions and answers; the last answer is None.
+        system (str, optional): System message.
+
+    Returns:
+        str: The prompt.
+    """
+    text = ""
+    for number, (question, answer) in enumerate(turns):
+        text += template.prompt(question, first=number == 0, system=system)
+        text += "" if answer is None else answer + template.suffix
+    return text
+
+
+def stop_token_ids(tokenizer, template):
+    """list[int]: The ids that end an answer: end of sequence and the template's stop words."""
+    ids = {tokenizer.eos_token_id} - {None}
+    for word in (*template.stop_words, template.suffix):
+        found = tokenizer.convert_tokens_to_ids(word) if word else None
+        if found is not None and found != tokenizer.unk_token_id:
+            ids.add(found)
+    return sorted(ids)
+
+
+@torch.inference_mode()
+def answer(model, processor, template, questions, batch_size=32, max_new_tokens=32, on_batch=None):
+    """Answer questions greedily.
+
+    Args:
+        model (HybridVLForCausalLM): In evaluation mode.
+        processor (HybridVLProcessor): Its processor.
+        template (Template): Conversation template.
+        questions (list[dict]): From :func:`read_questions`.
+        batch_size (int): Questions per batch.
+        max_new_tokens (int): Longest answer in tokens.
+        on_batch (callable, optional): Called with the number of questions finished in a batch.
+
+    Returns:
+        list[dict]: Result rows in the order of the questions.
+    """
+    stops = stop_token_ids(processor.tokenizer, template)
+    prompts = [render(template, question["turns"], question["system"]) for question in questions]
+    # Questions of like length share a batch, which keeps padding short.
+    order = sorted(range(len(questions)), key=lambda i: (len(questions[i]["images"]), len(prompts[i])))
+    rows = [None] * len(questions)
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        images = [[open_image(path, questions[i]["where"]) for path in questions[i]["images"]] for i in batch]
+        inputs = processor([prompts[i] for i in batch], images=images).to(model.device)
+        output = model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=stops,
+            pad_token_id=processor.tokenizer.pad_token_id or 0,
+        )
+        new = output[:, inputs["input_ids"].shape[1] :]
+        for i, text in zip(batch, processor.batch_decode(new, skip_special_tokens=True)):
+            parsed, correct = exact_match(text, questions[i]["gold"])
+            rows[i] = {
+                "id": questions[i]["id"],
+                "question": questions[i]["turns"][-1][0],
+                "prompt": prompts[i],
+                "prediction": text,
+                "parsed": parsed,
+                "gold": questions[i]["gold"],
+                "correct": correct,
+                "category": questions[i]["category"],
+                "meta": {"source": questions[i]["where"]},
+            }
+        if on_batch is not None:
+            on_batch(len(batch))
+    return rows

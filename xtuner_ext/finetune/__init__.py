@@ -1,0 +1,5 @@
+"""Supervised fine-tuning."""
+
+from .model import SupervisedModel
+
+__all__ = ["SupervisedModel"]

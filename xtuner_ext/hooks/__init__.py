@@ -1,0 +1,7 @@
+"""Pieces of the training engine: one hook or loop, one file."""
+
+from .checkpoint import SafeCheckpointHook
+from .export import ExportTeacherHook
+from .train_loop import ResumableTrainLoop
+
+__all__ = ["ExportTeacherHook", "ResumableTrainLoop", "SafeCheckpointHook"]

@@ -1,0 +1,52 @@
+"""Checkpoints whose last good one is never at risk."""
+
+import os.path as osp
+
+from mmengine.dist import is_main_process
+from mmengine.fileio import put_text
+from mmengine.hooks import CheckpointHook
+from mmengine.model import is_model_wrapper
+
+
+class SafeCheckpointHook(CheckpointHook):
+    """MMEngine's hook with the order turned round: write, move the pointer, only then delete.
+
+    Files appear under their final name when they are complete (``compat.write_files_atomically``).
+
+    What the model says of itself (``describe()``) is kept as ``meta["distill"]``, where the next stage
+    looks before it loads. Arguments are those of :class:`mmengine.hooks.CheckpointHook`.
+    """
+
+    def _save_checkpoint_with_step(self, runner, step, meta):
+        name = self.filename_tmpl.format(step)
+        self.last_ckpt = self.file_backend.join_path(self.out_dir, name)
+        surplus = []
+        if self.max_keep_ckpts > 0 and step not in self.keep_ckpt_ids:
+            while len(self.keep_ckpt_ids) >= self.max_keep_ckpts:
+                surplus.append(self.keep_ckpt_ids.popleft())
+            self.keep_ckpt_ids.append(step)
+            runner.message_hub.update_info("keep_ckpt_ids", list(self.keep_ckpt_ids))
+        runner.message_hub.update_info("last_ckpt", self.last_ckpt)
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        describe = getattr(model, "describe", dict)
+        runner.save_checkpoint(
+            self.out_dir,
+            name,
+            self.file_client_args,
+            save_optimizer=self.save_optimizer,
+            save_param_scheduler=self.save_param_scheduler,
+            meta={**meta, "distill": describe()},
+            by_epoch=self.by_epoch,
+            backend_args=self.backend_args,
+            **self.args,
+        )
+        if not is_main_process():
+            return
+        put_text(self.last_ckpt, osp.join(runner.work_dir, "last_checkpoint"))
+        for old in surplus:
+            path = self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(old))
+            if self.file_backend.isfile(path):
+                self.file_backend.remove(path)
+            elif self.file_backend.isdir(path):
+                # DeepSpeed's checkpoints are folders.
+                self.file_backend.rmtree(path)

@@ -1,0 +1,26 @@
+"""The Hugging Face model; importing this registers it with transformers' Auto classes."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+
+from .cache import HybridCache
+from .configuration import HybridVLConfig, MixerConfig, every_nth, layer_types_from_attention
+from .mixers import Attention, Mamba2Mixer, PairedMixer
+from .modeling import HybridDecoder, HybridVLForCausalLM
+
+AutoConfig.register(HybridVLConfig.model_type, HybridVLConfig, exist_ok=True)
+# AutoModel too, because InternVL's tools load a chat model through it.
+for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
+    auto_class.register(HybridVLConfig, HybridVLForCausalLM, exist_ok=True)
+
+__all__ = [
+    "Attention",
+    "HybridCache",
+    "HybridDecoder",
+    "HybridVLConfig",
+    "HybridVLForCausalLM",
+    "Mamba2Mixer",
+    "MixerConfig",
+    "PairedMixer",
+    "every_nth",
+    "layer_types_from_attention",
+]

@@ -1,0 +1,229 @@
+"""The two sequence mixers, and the pair that a layer holds while it is distilled.
+
+Axis letters: B batch, L length, D model width, H query heads, G key/value heads, P head width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
+
+from ..ops.causal_conv import causal_conv, causal_conv_step
+from ..ops.ssd import ssd, ssd_step
+
+
+class Attention(nn.Module):
+    """Grouped-query softmax attention with rotary positions.
+
+    Args:
+        config (HybridVLConfig): Model configuration.
+        layer_idx (int): Global layer index, the key into the cache.
+    """
+
+    is_causal = True
+
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        _add_projections(self, config)
+
+    def head_outputs(self, hidden_states, *, position_embeddings, attention_mask=None, cache=None, **_):
+        """Attend.
+
+        Args:
+            hidden_states (Tensor): Normalised layer input, (B, L, D).
+            position_embeddings (tuple[Tensor, Tensor]): cos and sin, (B, L, P).
+            attention_mask (Tensor, optional): Mask prepared by transformers for the attention backend.
+            cache (HybridCache, optional): Keys and values seen before; updated.
+
+        Returns:
+            Tensor: Per-head outputs before the output projection, (B, L, H, P).
+        """
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(shape).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        output, _ = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling)
+        return output.reshape(shape)
+
+    def forward(self, hidden_states, **context):
+        """Mix tokens: (B, L, D) to (B, L, D)."""
+        return self.o_proj(self.head_outputs(hidden_states, **context).flatten(2))
+
+
+class Mamba2Mixer(nn.Module):
+    """Mamba-2 mixer whose C, B, x and output projections are an attention's q, k, v and o.
+
+    mmMamba (arXiv 2502.13145) section 3; the discretisation is the SSD one of Mamba-2. Rotary
+    positions are not used.
+
+    Args:
+        config (HybridVLConfig): Model configuration; ``config.mixer`` shapes this module.
+        layer_idx (int): Global layer index, the key into the cache.
+    """
+
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.mixer = mixer = config.mixer_config
+        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
+        inner, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        # Order of the convolved channels: [v, k, q].
+        self.split = [kv_width, kv_width, inner]
+        _add_projections(self, config)
+        if mixer.conv_kernel:
+            self.conv1d = nn.Conv1d(sum(self.split), sum(self.split), mixer.conv_kernel, groups=sum(self.split))
+        self.dt_proj = nn.Linear(config.hidden_size, self.num_heads, bias=False)
+        self.dt_bias = nn.Parameter(torch.zeros(self.num_heads, dtype=torch.float32))
+        if mixer.learn_A:
+            self.A_log = nn.Parameter(torch.zeros(self.num_heads, dtype=torch.float32))
+        if mixer.use_D:
+            self.D = nn.Parameter(torch.ones(self.num_heads, dtype=torch.float32))
+        if mixer.qk_norm == "layernorm":
+            self.q_norm, self.k_norm = nn.LayerNorm(self.head_dim), nn.LayerNorm(self.head_dim)
+        if mixer.gate:
+            self.g_proj = nn.Linear(config.hidden_size, inner, bias=mixer.gate_bias)
+            # One weight for all heads; eps is fixed by the reference, whatever the model's own.
+            self.g_norm = nn.RMSNorm(self.head_dim, eps=1e-5)
+
+    def head_outputs(self, hidden_states, *, token_mask=None, segment_ids=None, cache=None, **_):
+        """Scan.
+
+        Args:
+            hidden_states (Tensor): Normalised layer input, (B, L, D).
+            token_mask (Tensor, optional): Boolean (B, L), False at padding.
+            segment_ids (Tensor, optional): Integers (B, L) of packed rows.
+            cache (HybridCache, optional): States after the tokens seen before; updated.
+
+        Returns:
+            Tensor: Per-head outputs before the output projection, (B, L, H, P).
+        """
+        batch, length, _ = hidden_states.shape
+        vkq = torch.cat([self.v_proj(hidden_states), self.k_proj(hidden_states), self.q_proj(hidden_states)], -1)
+        dt = self.dt_proj(hidden_states)
+        if token_mask is not None:
+            vkq = vkq * token_mask[..., None]
+            dt = dt.masked_fill(~token_mask[..., None], -torch.inf)
+        vkq = self._convolve(vkq, segment_ids, cache)
+        v, k, q = vkq.split(self.split, dim=-1)
+        v = v.reshape(batch, length, self.num_kv_heads, self.head_dim)
+        v = v.repeat_interleave(self.num_heads // self.num_kv_heads, dim=2)
+        q, k = self._normalise(
+            q.reshape(batch, length, self.num_heads, self.head_dim),
+            k.reshape(batch, length, self.num_kv_heads, self.head_dim),
+        )
+        y = self._scan(v, dt, k, q, segment_ids, cache)
+        if self.mixer.use_D:
+            y = y + self.D[:, None].to(y.dtype) * v
+        if self.mixer.gate:
+            gate = self.g_proj(hidden_states).view(y.shape)
+            y = self.g_norm(y) * F.silu(gate)
+        return y
+
+    def forward(self, hidden_states, **context):
+        """Mix tokens: (B, L, D) to (B, L, D)."""
+        return self.o_proj(self.head_outputs(hidden_states, **context).flatten(2))
+
+    def _convolve(self, vkq, segment_ids, cache):
+        activation = self.mixer.conv_activation
+        if not self.mixer.conv_kernel:
+            return F.silu(vkq) if activation else vkq
+        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        if cache is None:
+            return causal_conv(vkq, weight, bias, activation=activation, segment_ids=segment_ids)
+        state = cache.get_conv_state(self.layer_idx)
+        if state is not None and vkq.shape[1] == 1:
+            output, state = causal_conv_step(vkq[:, 0], weight, bias, activation=activation, state=state)
+            output = output[:, None]
+        else:
+            output, state = causal_conv(
+                vkq, weight, bias, activation=activation, initial_state=state, return_final_state=True
+            )
+        cache.update_conv_state(state, self.layer_idx)
+        return output
+
+    def _normalise(self, q, k):
+        if self.mixer.qk_norm == "layernorm":
+            return self.q_norm(q), self.k_norm(k)
+        if self.mixer.qk_norm == "l2":
+            return F.normalize(q, dim=-1, eps=1e-6), F.normalize(k, dim=-1, eps=1e-6)
+        return q, k
+
+    def _scan(self, x, dt, B, C, segment_ids, cache):
+        A = -torch.exp(self.A_log.float()) if self.mixer.learn_A else -torch.ones_like(self.dt_bias)
+        if cache is None:
+            return ssd(
+                x, dt, A, B, C, dt_bias=self.dt_bias, chunk_size=self.mixer.chunk_size, segment_ids=segment_ids
+            )
+        state = cache.layers[self.layer_idx].recurrent_states[0]
+        if state is not None and x.shape[1] == 1:
+            y, state = ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], dt_bias=self.dt_bias, state=state)
+            y = y[:, None]
+        else:
+            y, state = ssd(
+                x,
+                dt,
+                A,
+                B,
+                C,
+                dt_bias=self.dt_bias,
+                chunk_size=self.mixer.chunk_size,
+                initial_state=state,
+                return_final_state=True,
+            )
+        cache.update_recurrent_state(state, self.layer_idx)
+        return y
+
+
+class PairedMixer(nn.Module):
+    """A frozen attention and the Mamba-2 mixer that learns to replace it, in one layer.
+
+    Args:
+        attention (Attention): The teacher's mixer.
+        mamba (Mamba2Mixer): The student's mixer.
+
+    Attributes:
+        active (str): Which of the two ``forward`` runs, a word of ``layer_types``.
+    """
+
+    def __init__(self, attention, mamba):
+        super().__init__()
+        self.attention = attention
+        self.mamba = mamba
+        self.active = "linear_attention"
+
+    @property
+    def mixer(self):
+        """nn.Module: The active mixer."""
+        return self.attention if self.active == "full_attention" else self.mamba
+
+    def head_outputs(self, hidden_states, **context):
+        """Per-head outputs of the active mixer, (B, L, H, P)."""
+        return self.mixer.head_outputs(hidden_states, **context)
+
+    def forward(self, hidden_states, **context):
+        """Mix tokens with the active mixer: (B, L, D) to (B, L, D)."""
+        return self.mixer(hidden_states, **context)
+
+
+MIXERS = {"full_attention": Attention, "linear_attention": Mamba2Mixer}
+
+
+def _add_projections(module, config):
+    inner = config.num_attention_heads * config.head_dim
+    kv_width = config.num_key_value_heads * config.head_dim
+    module.q_proj = nn.Linear(config.hidden_size, inner, bias=config.attention_bias)
+    module.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+    module.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+    module.o_proj = nn.Linear(inner, config.hidden_size, bias=False)

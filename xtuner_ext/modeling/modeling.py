@@ -1,0 +1,383 @@
+"""The hybrid decoder: one class for the teacher, the linear and the hybrid student.
+
+Axis letters: B batch, L length, D model width, V vocabulary, T tiles.
+"""
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
+
+from .cache import HybridCache
+from .configuration import HybridVLConfig
+from .mixers import MIXERS, Mamba2Mixer
+from .vision import PatchVision
+
+
+class HybridDecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm layer: ``x + mixer(norm(x))``, then ``x + mlp(norm(x))``."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.mixer = MIXERS[config.layer_types[layer_idx]](config, layer_idx)
+        self.in_embedding = layer_idx < config.num_embedding_layers
+        self.mlp = LlamaMLP(config)
+        eps = config.embedding_config().rms_norm_eps if self.in_embedding else config.rms_norm_eps
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=eps)
+
+    def mixer_context(self, context):
+        """What this layer's mixer takes of :meth:`HybridDecoder.layer_context`."""
+        context = dict(context)
+        embedding_positions = context.pop("embedding_position_embeddings")
+        if self.in_embedding and embedding_positions is not None:
+            context["position_embeddings"] = embedding_positions
+        return context
+
+    def forward(self, hidden_states, **context):
+        """Transform (B, L, D) to (B, L, D); ``context`` comes from :meth:`HybridDecoder.layer_context`."""
+        context = self.mixer_context(context)
+        hidden_states = hidden_states + self.mixer(self.input_layernorm(hidden_states), **context)
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class HybridVLPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation shared by the model's parts."""
+
+    config_class = HybridVLConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["HybridDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    # Decay rates in bf16 would be off by percents, see architecture "Numerics".
+    _keep_in_fp32_modules_strict = ["A_log", "dt_bias", "D"]
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, Mamba2Mixer):
+            module.dt_bias.fill_(-6.9)  # softplus(-6.9) = 1e-3: near-perfect memory
+            if module.mixer.learn_A:
+                module.A_log.zero_()
+            if module.mixer.use_D:
+                module.D.fill_(1.0)
+        elif isinstance(module, PatchVision):
+            module.position_embedding.normal_(std=self.config.initializer_range)
+
+
+class HybridDecoder(HybridVLPreTrainedModel):
+    """Token embedding, the stack of layers, final norm.
+
+    Args:
+        config (HybridVLConfig): Model configuration.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(HybridDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config)
+        if config.embedding_overrides:
+            self.embedding_rotary_emb = LlamaRotaryEmbedding(config.embedding_config())
+        self.post_init()
+
+    def layer_context(self, inputs_embeds, attention_mask=None, position_ids=None, segment_ids=None, cache=None):
+        """Everything a layer needs besides its input.
+
+        Args:
+            inputs_embeds (Tensor): (B, L, D).
+            attention_mask (Tensor, optional): (B, seen + L), 0 at padding.
+            position_ids (Tensor, optional): (B, L); derived from the mask or segments when absent.
+            segment_ids (Tensor, optional): (B, L) integers; packed samples do not see each other.
+            cache (HybridCache, optional): Tokens seen before.
+
+        Returns:
+            dict: Keyword arguments of every layer.
+
+        Raises:
+            ValueError: For packed rows together with a cache.
+        """
+        length, device = inputs_embeds.shape[1], inputs_embeds.device
+        seen = 0 if cache is None else cache.get_seq_length()
+        if segment_ids is not None and cache is not None:
+            raise ValueError("segment_ids packs training rows and does not go with a decoding cache")
+        if attention_mask is not None:
+            # Without padding the backends take their faster unmasked path.
+            attention_mask = None if attention_mask.all() else attention_mask
+        if position_ids is None:
+            position_ids = _positions(inputs_embeds, attention_mask, segment_ids, seen)
+        packed = None
+        if segment_ids is not None:
+            packed = _same_segment(segment_ids)
+        causal_mask = None
+        if "full_attention" in self.config.layer_types:
+            causal_mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=cache,
+                position_ids=torch.arange(seen, seen + length, device=device)[None],
+                and_mask_function=packed,
+            )
+        token_mask = None if attention_mask is None else attention_mask[:, -length:].bool()
+        embedding_positions = None
+        if self.config.embedding_overrides:
+            embedding_positions = self.embedding_rotary_emb(inputs_embeds, position_ids)
+        return {
+            "position_embeddings": self.rotary_emb(inputs_embeds, position_ids),
+            "embedding_position_embeddings": embedding_positions,
+            "attention_mask": causal_mask,
+            "token_mask": token_mask,
+            "segment_ids": segment_ids,
+            "cache": cache,
+        }
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        segment_ids=None,
+        use_cache=None,
+        output_hidden_states=None,
+        **_,
+    ):
+        """Run the stack.
+
+        Args:
+            input_ids (Tensor, optional): (B, L); or pass ``inputs_embeds`` (B, L, D).
+            attention_mask (Tensor, optional): (B, seen + L).
+            position_ids (Tensor, optional): (B, L).
+            past_key_values (HybridCache, optional): Updated in place.
+            inputs_embeds (Tensor, optional): (B, L, D).
+            segment_ids (Tensor, optional): (B, L).
+            use_cache (bool, optional): Create and return a cache.
+            output_hidden_states (bool, optional): Return every layer's input and the normed output.
+
+        Returns:
+            BaseModelOutputWithPast: ``last_hidden_state`` (B, L, D) after the final norm.
+        """
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = HybridCache(self.config)
+        context = self.layer_context(inputs_embeds, attention_mask, position_ids, segment_ids, past_key_values)
+        hidden_states, kept = inputs_embeds, []
+        for layer in self.layers:
+            if output_hidden_states:
+                kept.append(hidden_states)
+            hidden_states = layer(hidden_states, **context)
+        hidden_states = self.norm(hidden_states)
+        if past_key_values is not None:
+            past_key_values.seen_tokens += inputs_embeds.shape[1]
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values,
+            hidden_states=(*kept, hidden_states) if output_hidden_states else None,
+        )
+
+
+class HybridVLForCausalLM(HybridVLPreTrainedModel, GenerationMixin):
+    """Decoder with language head and, when ``config.vision`` is set, an image front end.
+
+    Args:
+        config (HybridVLConfig): Model configuration.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = HybridDecoder(config)
+        if config.vision is not None:
+            self.vision = PatchVision(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        """nn.Embedding: The token embedding."""
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value):
+        """Replace the token embedding."""
+        self.model.embed_tokens = value
+
+    def embed(self, input_ids, pixel_values=None):
+        """Token vectors with visual vectors written over the image tokens, in order.
+
+        Args:
+            input_ids (Tensor): (B, L).
+            pixel_values (Tensor, optional): (T, 3, S, S), tiles of all rows in reading order.
+
+        Returns:
+            Tensor: (B, L, D).
+
+        Raises:
+            ValueError: When tiles and image tokens do not match.
+        """
+        embeds = self.model.embed_tokens(input_ids)
+        if self.config.image_token_id is None or self.config.vision is None:
+            if pixel_values is not None:
+                raise ValueError("this model has no image front end, but pixel_values were passed")
+            return embeds
+        slots = input_ids == self.config.image_token_id
+        wanted = int(slots.sum())
+        if pixel_values is None or pixel_values.shape[0] == 0:
+            if wanted:
+                raise ValueError(f"the input has {wanted} image tokens, but no image was passed")
+            return embeds
+        visual = self.vision(pixel_values).flatten(0, 1).to(embeds.dtype)
+        if visual.shape[0] != wanted:
+            raise ValueError(f"{pixel_values.shape[0]} tiles give {visual.shape[0]} vectors for {wanted} image tokens")
+        return embeds.masked_scatter(slots[..., None], visual)
+
+    def forward(
+        self,
+        input_ids=None,
+        pixel_values=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        logits_to_keep=0,
+        segment_ids=None,
+        output_hidden_states=None,
+        **kwargs,
+    ):
+        """Score tokens.
+
+        Args:
+            input_ids (Tensor, optional): (B, L); or pass ``inputs_embeds``.
+            pixel_values (Tensor, optional): (T, 3, S, S).
+            attention_mask (Tensor, optional): (B, seen + L), 0 at padding.
+            position_ids (Tensor, optional): (B, L).
+            past_key_values (HybridCache, optional): Tokens seen before; updated in place.
+            inputs_embeds (Tensor, optional): (B, L, D).
+            labels (Tensor, optional): (B, L), -100 where nothing is supervised; shifted inside.
+            use_cache (bool, optional): Return a cache.
+            logits_to_keep (int): Only the last n positions' logits; 0 keeps all.
+            segment_ids (Tensor, optional): (B, L) integers of packed rows.
+            output_hidden_states (bool, optional): Return every layer's input and the normed output.
+
+        Returns:
+            CausalLMOutputWithPast: ``logits`` (B, n, V) and, with labels, the mean token loss.
+        """
+        if inputs_embeds is None and past_key_values is not None and input_ids.shape[1] == 1:
+            # A generated image token is an ordinary token; only prompts have slots to fill.
+            inputs_embeds = self.model.embed_tokens(input_ids)
+        elif inputs_embeds is None:
+            inputs_embeds = self.embed(input_ids, pixel_values)
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training and segment_ids is None
+        outputs = self.model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            segment_ids=segment_ids,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+        )
+        logits = self.lm_head(outputs.last_hidden_state[:, -logits_to_keep:])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+        )
+
+    @torch.no_grad()
+    def prefill(self, input_ids, *, pixel_values=None, attention_mask=None, past_key_values=None, chunk_size=None):
+        """Feed tokens into a cache without scoring them; activation memory follows the chunk size.
+
+        Args:
+            input_ids (Tensor): New tokens, (B, L).
+            pixel_values (Tensor, optional): Tiles of the new tokens.
+            attention_mask (Tensor, optional): (B, seen + L).
+            past_key_values (HybridCache, optional): Continued; a new one is made when absent.
+            chunk_size (int, optional): Tokens per forward pass; None takes all at once.
+
+        Returns:
+            HybridCache: The cache after the new tokens.
+        """
+        cache = HybridCache(self.config) if past_key_values is None else past_key_values
+        embeds = self.embed(input_ids, pixel_values)
+        end = cache.get_seq_length()
+        for chunk in embeds.split(chunk_size or embeds.shape[1], dim=1):
+            end += chunk.shape[1]
+            mask = None if attention_mask is None else attention_mask[:, :end]
+            positions = None if mask is None else _positions_from_mask(mask)[:, -chunk.shape[1] :]
+            self.model(inputs_embeds=chunk, attention_mask=mask, position_ids=positions, past_key_values=cache)
+        return cache
+
+    @torch.no_grad()
+    def generate(self, input_ids=None, pixel_values=None, past_key_values=None, prefill_chunk_size=None, **kwargs):
+        """Hugging Face ``generate``, plus images, chunked prefill and continued conversations.
+
+        Args:
+            input_ids (Tensor): The whole conversation so far, (B, L).
+            pixel_values (Tensor, optional): Tiles of the tokens that the cache has not seen.
+            past_key_values (HybridCache, optional): Cache of an earlier call; only newer tokens are read.
+            prefill_chunk_size (int, optional): Tokens per forward pass while reading the prompt.
+            **kwargs: As for :meth:`transformers.GenerationMixin.generate`.
+
+        Returns:
+            Tensor | ModelOutput: As for :meth:`transformers.GenerationMixin.generate`.
+        """
+        if input_ids is None:
+            return super().generate(past_key_values=past_key_values, **kwargs)
+        if kwargs.get("attention_mask") is None:
+            # transformers would guess padding from the pad id, which may be an ordinary token.
+            kwargs["attention_mask"] = torch.ones_like(input_ids)
+        cache = HybridCache(self.config) if past_key_values is None else past_key_values
+        new = input_ids[:, cache.get_seq_length() : -1]
+        has_images = pixel_values is not None and pixel_values.shape[0] > 0
+        if new.shape[1] and (has_images or prefill_chunk_size):
+            self.prefill(
+                new,
+                pixel_values=pixel_values,
+                attention_mask=kwargs["attention_mask"][:, :-1],
+                past_key_values=cache,
+                chunk_size=prefill_chunk_size,
+            )
+        return super().generate(input_ids, past_key_values=cache, **kwargs)
+
+
+def _positions(inputs_embeds, attention_mask, segment_ids, seen):
+    batch, length = inputs_embeds.shape[:2]
+    if segment_ids is not None:
+        return _positions_from_segments(segment_ids)
+    if attention_mask is not None:
+        return _positions_from_mask(attention_mask)[:, -length:]
+    return torch.arange(seen, seen + length, device=inputs_embeds.device).expand(batch, -1)
+
+
+def _positions_from_mask(attention_mask):
+    """Positions counted from the first real token, (B, L)."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def _positions_from_segments(segment_ids):
+    """Positions that restart at every segment, (B, L)."""
+    index = torch.arange(segment_ids.shape[1], device=segment_ids.device).expand_as(segment_ids)
+    starts = torch.ones_like(segment_ids, dtype=torch.bool)
+    starts[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return index - torch.where(starts, index, 0).cummax(dim=1).values
+
+
+def _same_segment(segment_ids):
+    def visible(batch_idx, head_idx, q_idx, kv_idx):
+        return segment_ids[batch_idx, q_idx] == segment_ids[batch_idx, kv_idx]
+
+    return visible

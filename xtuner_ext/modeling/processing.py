@@ -1,0 +1,243 @@
+"""Images and text to model inputs: dynamic tiling, normalisation, image placeholders.
+
+Tiling is InternVL's: the grid whose aspect ratio is closest, plus a thumbnail when there are several tiles.
+"""
+
+import json
+import os
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from transformers import AutoTokenizer, BatchFeature
+
+IMAGE_PLACEHOLDER = "<image>"
+IMAGE_START, IMAGE_CONTEXT, IMAGE_END = "<img>", "<IMG_CONTEXT>", "</img>"
+NORMALISATION = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "clip": ((0.4814546, 0.4578275, 0.40821073), (0.2686295, 0.2613025, 0.2757711)),
+    "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+
+
+def tile_grid(width, height, tile_size, min_tiles=1, max_tiles=12):
+    """Choose the grid of tiles for an image.
+
+    Args:
+        width (int): Image width in pixels.
+        height (int): Image height in pixels.
+        tile_size (int): Side of a tile in pixels.
+        min_tiles (int): Fewest tiles.
+        max_tiles (int): Most tiles, thumbnail not counted.
+
+    Returns:
+        tuple[int, int]: Columns and rows.
+    """
+    grids = {
+        (columns, rows)
+        for columns in range(1, max_tiles + 1)
+        for rows in range(1, max_tiles // columns + 1)
+        if columns * rows >= min_tiles
+    }
+    best, best_distance = (1, 1), float("inf")
+    for columns, rows in sorted(grids, key=lambda grid: (grid[0] * grid[1], grid)):
+        distance = abs(width / height - columns / rows)
+        if distance < best_distance:
+            best, best_distance = (columns, rows), distance
+        elif distance == best_distance and width * height > 0.5 * tile_size**2 * columns * rows:
+            # On a tie only an image with enough pixels earns the larger grid.
+            best = (columns, rows)
+    return best
+
+
+def split_tiles(image, tile_size, min_tiles=1, max_tiles=12, use_thumbnail=True):
+    """Cut an image into square tiles.
+
+    Args:
+        image (PIL.Image.Image): RGB image.
+        tile_size (int): Side of a tile in pixels.
+        min_tiles (int): Fewest tiles.
+        max_tiles (int): Most tiles, thumbnail not counted.
+        use_thumbnail (bool): Append the whole image as one tile when there are several.
+
+    Returns:
+        list[PIL.Image.Image]: Tiles in row-major order.
+    """
+    columns, rows = tile_grid(*image.size, tile_size, min_tiles, max_tiles)
+    resized = image.resize((tile_size * columns, tile_size * rows), Image.Resampling.BICUBIC)
+    tiles = [
+        resized.crop((x * tile_size, y * tile_size, (x + 1) * tile_size, (y + 1) * tile_size))
+        for y in range(rows)
+        for x in range(columns)
+    ]
+    if use_thumbnail and len(tiles) > 1:
+        tiles.append(image.resize((tile_size, tile_size), Image.Resampling.BICUBIC))
+    return tiles
+
+
+class HybridVLProcessor:
+    """Turns images and text into what ``HybridVLForCausalLM`` takes.
+
+    Args:
+        tokenizer (PreTrainedTokenizerBase): Tokenizer that knows ``<img>``, ``<IMG_CONTEXT>`` and ``</img>``.
+        image_size (int): Side of a tile in pixels.
+        tokens_per_tile (int): Visual tokens of one tile.
+        min_tiles (int): Fewest tiles of an image.
+        max_tiles (int): Most tiles of an image, thumbnail not counted; 1 switches tiling off.
+        use_thumbnail (bool): Append the whole image when it was cut.
+        normalisation (str): ``imagenet``, ``clip`` or ``siglip``.
+    """
+
+    config_name = "processor_config.json"
+
+    def __init__(
+        self,
+        tokenizer=None,
+        image_size=448,
+        tokens_per_tile=256,
+        min_tiles=1,
+        max_tiles=12,
+        use_thumbnail=True,
+        normalisation="imagenet",
+    ):
+        self.tokenizer = tokenizer
+        self.image_size = image_size
+        self.tokens_per_tile = tokens_per_tile
+        self.min_tiles = min_tiles
+        self.max_tiles = max_tiles
+        self.use_thumbnail = use_thumbnail
+        self.normalisation = normalisation
+
+    @property
+    def settings(self):
+        """dict: Everything but the tokenizer, as written to ``processor_config.json``."""
+        return {key: value for key, value in vars(self).items() if key != "tokenizer"}
+
+    def tiles(self, image, max_tiles=None):
+        """Cut and normalise one image.
+
+        Args:
+            image (PIL.Image.Image): Any mode; EXIF rotation is applied, transparency shows white.
+            max_tiles (int, optional): Overrides the processor's own limit.
+
+        Returns:
+            Tensor: (T, 3, S, S), fp32.
+        """
+        limit = self.max_tiles if max_tiles is None else max_tiles
+        tiles = split_tiles(to_rgb(image), self.image_size, self.min_tiles, limit, self.use_thumbnail)
+        mean, std = (np.asarray(values, dtype=np.float32) for values in NORMALISATION[self.normalisation])
+        pixels = np.stack([np.asarray(tile, dtype=np.float32) for tile in tiles]) / 255
+        return torch.from_numpy((pixels - mean) / std).permute(0, 3, 1, 2).contiguous()
+
+    def expand(self, text, tile_counts):
+        """Replace every ``<image>`` by the tokens of its tiles.
+
+        Args:
+            text (str): Text with as many ``<image>`` as images.
+            tile_counts (list[int]): Tiles per image.
+
+        Returns:
+            str: Text ready for the tokenizer.
+
+        Raises:
+            ValueError: When placeholders and images differ in number.
+        """
+        parts = text.split(IMAGE_PLACEHOLDER)
+        if len(parts) - 1 != len(tile_counts):
+            raise ValueError(f"the text has {len(parts) - 1} {IMAGE_PLACEHOLDER} placeholders for {len(tile_counts)} images")
+        pieces = [parts[0]]
+        for count, part in zip(tile_counts, parts[1:]):
+            pieces += [IMAGE_START, IMAGE_CONTEXT * (self.tokens_per_tile * count), IMAGE_END, part]
+        return "".join(pieces)
+
+    def __call__(self, text, images=None, padding=True, padding_side="left", add_special_tokens=True):
+        """Prepare a batch for generation.
+
+        Args:
+            text (str | list[str]): Rendered prompts with ``<image>`` placeholders.
+            images (list, optional): Images of all prompts in reading order, or one list per prompt.
+            padding (bool): Pad to the longest prompt.
+            padding_side (str): ``left`` for generation.
+            add_special_tokens (bool): Let the tokenizer add its own, such as a beginning-of-sequence token.
+
+        Returns:
+            BatchFeature: ``input_ids``, ``attention_mask`` and, with images, ``pixel_values`` (T, 3, S, S).
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        per_text = _group_images(texts, images)
+        pixels, expanded = [], []
+        for prompt, group in zip(texts, per_text):
+            tiles = [self.tiles(image) for image in group]
+            expanded.append(self.expand(prompt, [len(t) for t in tiles]))
+            pixels += tiles
+        data = dict(
+            self.tokenizer(
+                expanded,
+                return_tensors="pt",
+                padding=padding,
+                padding_side=padding_side,
+                add_special_tokens=add_special_tokens,
+                return_token_type_ids=False,
+            )
+        )
+        if pixels:
+            data["pixel_values"] = torch.cat(pixels)
+        return BatchFeature(data)
+
+    def apply_chat_template(self, conversation, **kwargs):
+        """Render messages with the tokenizer's chat template; see transformers."""
+        return self.tokenizer.apply_chat_template(conversation, **kwargs)
+
+    def decode(self, *args, **kwargs):
+        """Tokenizer's ``decode``."""
+        return self.tokenizer.decode(*args, **kwargs)
+
+    def batch_decode(self, *args, **kwargs):
+        """Tokenizer's ``batch_decode``."""
+        return self.tokenizer.batch_decode(*args, **kwargs)
+
+    def save_pretrained(self, folder):
+        """Write ``processor_config.json`` and the tokenizer."""
+        os.makedirs(folder, exist_ok=True)
+        settings = {"processor_class": type(self).__name__, **self.settings}
+        with open(os.path.join(folder, self.config_name), "w", encoding="utf-8") as file:
+            json.dump(settings, file, indent=2)
+        self.tokenizer.save_pretrained(folder)
+
+    @classmethod
+    def from_pretrained(cls, folder, **kwargs):
+        """Read what :meth:`save_pretrained` wrote.
+
+        Args:
+            folder (str): Local folder.
+            **kwargs: Passed to ``AutoTokenizer.from_pretrained``.
+        """
+        with open(os.path.join(folder, cls.config_name), encoding="utf-8") as file:
+            settings = json.load(file)
+        known = {key: settings[key] for key in cls().settings if key in settings}
+        return cls(tokenizer=AutoTokenizer.from_pretrained(folder, **kwargs), **known)
+
+
+def to_rgb(image):
+    """Apply EXIF rotation and flatten any mode to RGB over white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16") or image.mode == "I":
+        image = Image.fromarray((np.asarray(image).astype(np.float64) / 256).clip(0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _group_images(texts, images):
+    images = list(images or [])
+    if images and isinstance(images[0], (list, tuple)):
+        return images
+    counts = [text.count(IMAGE_PLACEHOLDER) for text in texts]
+    if sum(counts) != len(images):
+        raise ValueError(f"the text has {sum(counts)} {IMAGE_PLACEHOLDER} placeholders for {len(images)} images")
+    groups, start = [], 0
+    for count in counts:
+        groups.append(images[start : start + count])
+        start += count
+    return groups
