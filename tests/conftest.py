@@ -25,3 +25,42 @@ def repository():
 def scripts():
     """Folder of the console scripts of the interpreter that runs the tests."""
     return Path(sys.executable).parent
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """Folder of a few digits samples; its ``tokenizer`` was trained on them."""
+    from xtuner_ext.data.sources.digits_teacher import prepare_teacher
+
+    out = tmp_path_factory.mktemp("data") / "digits"
+    prepare_teacher(out, train=60, test=12)
+    return out
+
+
+@pytest.fixture(scope="session")
+def digits_processor(digits):
+    """Processor of the digits' tokenizer: tiles of 64 pixels, 16 tokens each, one an image."""
+    from xtuner_ext.convert.processor import digits_processor
+
+    return digits_processor(str(digits / "tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(digits):
+    """Builds a random three-layer decoder in fp32; takes the word of ``layer_types`` per layer."""
+    from xtuner_ext.convert.init import random_digits_teacher
+    from xtuner_ext.modeling import HybridVLConfig, HybridVLForCausalLM
+
+    sizes = dict(hidden_size=32, intermediate_size=48, heads=4, kv_heads=2, embedding_layers=1, llm_layers=2)
+    teacher = random_digits_teacher(str(digits / "tokenizer"), **sizes)
+
+    def build(*layer_types):
+        import torch
+
+        layer_types = list(layer_types) or teacher.config.layer_types
+        config = HybridVLConfig.from_dict({**teacher.config.to_dict(), "layer_types": layer_types})
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return HybridVLForCausalLM(config).eval()
+
+    return build

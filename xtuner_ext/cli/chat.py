@@ -66,9 +66,9 @@ def main(argv):
         int: Exit status.
     """
     if belongs_to_stock(argv):
-        from .main import run_stock_tool
+        from .main import run_stock
 
-        return run_stock_tool("chat", argv)
+        return run_stock("chat", argv)
     args = parse_args(argv)
     import torch
     from transformers import TextStreamer
@@ -108,18 +108,18 @@ def main(argv):
     if args.prompt is not None:
         ask(args.prompt, images, stream=False)
         return 0
-    return converse(ask, images, args.bot_name, stream=not args.no_streamer, reset=session.reset)
+    return converse(ask, session, images, args.bot_name, stream=not args.no_streamer)
 
 
-def converse(ask, images, bot_name, stream, reset):
+def converse(ask, session, images, bot_name, stream):
     """Read questions from standard input until EXIT or its end.
 
     Args:
         ask (callable): Takes text, images of this turn, and whether to stream.
+        session (ChatSession): The conversation that ``ask`` continues.
         images (list): Images of the first question, also after a reset.
         bot_name (str): Shown before answers.
         stream (bool): Print tokens as they come.
-        reset (callable): Forgets the conversation.
 
     Returns:
         int: Exit status.
@@ -131,7 +131,7 @@ def converse(ask, images, bot_name, stream, reset):
             sys.stdout.write("Log: Exit!\n")
             return 0
         if text == "RESET":
-            reset()
+            session.reset()
             waiting = list(images)
             sys.stdout.write("Log: History responses have been removed!\n")
             continue
@@ -142,9 +142,9 @@ def converse(ask, images, bot_name, stream, reset):
         try:
             ask(text, waiting, stream)
         except UserError as error:
-            # One bad question does not end the conversation.
+            # One bad question does not end the conversation; the pictures are still to come if it was the first.
             sys.stderr.write(f"\nxtuner-ext: error: {error}\n")
-            waiting = list(images)
+            waiting = list(images) if session.ids.shape[1] == 0 else []
             continue
         waiting = []
 

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import shutil
 import sys
 
 from ..errors import UserError
@@ -31,17 +30,15 @@ def main(argv):
     """Run the verb.
 
     Args:
-        argv (list[str]): Arguments after ``convert``.
+        argv (list[str]): ``pth_to_hf``, ``merge`` or ``split``, then its arguments.
 
     Returns:
         int: Exit status.
     """
-    from .main import run_stock_tool
+    from .main import run_stock
 
-    if not argv or argv[0].lower() != "pth_to_hf" or {"-h", "--help"} & set(argv):
-        if argv and argv[0].lower() == "pth_to_hf":
-            parse_args(argv[1:])
-        return run_stock_tool("convert", argv)
+    if argv[0] != "pth_to_hf":
+        return run_stock(f"convert {argv[0]}", argv[1:])
     args = parse_args(argv[1:])
     from .config_options import find_config, load_config
 
@@ -52,11 +49,13 @@ def main(argv):
     # Reading the item makes a lazy config import the class.
     model_type = config.model["type"]
     if not (isinstance(model_type, type) and issubclass(model_type, HybridModel)):
-        return run_stock_tool("convert", argv)
+        return run_stock("convert pth_to_hf", argv[1:])
+    refuse_foreign_folder(args.save_dir)
     if not os.path.exists(args.pth_model):
         raise UserError(f"checkpoint {args.pth_model} does not exist")
     pth_to_hf(config, args.pth_model, args.save_dir, args.fp32, args.max_shard_size)
-    shutil.copyfile(path, os.path.join(args.save_dir, "xtuner_config.py"))
+    # Dumped, not copied: a copy would look for the files it inherits from.
+    config.dump(os.path.join(args.save_dir, "xtuner_config.py"))
     sys.stdout.write(f"written to {args.save_dir}\n")
     return 0
 
@@ -96,6 +95,14 @@ def pth_to_hf(config, checkpoint, out, fp32=False, max_shard_size="2GB"):
     for name, tensor in state.items():
         set_module_tensor_to_device(model, name, "cpu", tensor)
     model.to_hf(cfg=config, save_dir=out, fp32=fp32, save_pretrained_kwargs={"max_shard_size": max_shard_size})
+
+
+def refuse_foreign_folder(folder):
+    """Raise UserError when a folder holds something other than an earlier conversion."""
+    if os.path.isdir(folder) and os.listdir(folder) and not os.path.isfile(os.path.join(folder, "generation_config.json")):
+        raise UserError(f"{folder} is not empty and holds no earlier conversion: choose another folder")
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise UserError(f"{folder} is a file, expected a folder to write")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,9 @@ from pathlib import Path
 from ..errors import UserError
 
 
+SCORE_FILES = {"rows.jsonl", "metrics.json"}
+
+
 def parse_args(argv):
     """Parse the verb's options."""
     parser = argparse.ArgumentParser(
@@ -38,8 +41,8 @@ def main(argv):
         int: Exit status.
     """
     args = parse_args(argv)
-    for name in ("batch_size", "max_new_tokens"):
-        if getattr(args, name) < 1:
+    for name in ("batch_size", "max_new_tokens", "limit"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
     metrics = evaluate_folder(
         args.model, args.data, args.out, args.prompt_template, args.batch_size, args.max_new_tokens, args.limit,
@@ -69,6 +72,9 @@ def evaluate_folder(
 
     Returns:
         dict: Content of ``metrics.json``.
+
+    Raises:
+        UserError: For missing or broken files, images for a text model, or a folder that holds other files.
     """
     from ..convert.checkpoint import whole_folder
     from ..data.templates import get_template
@@ -78,8 +84,12 @@ def evaluate_folder(
     from .progress import progress
     from .versions import installed_versions
 
+    _check_replaceable(Path(out))
     questions = read_questions(data, limit)
     network, processor = load_model(model, dtype)
+    with_image = next((question["where"] for question in questions if question["images"]), None)
+    if with_image and network.config.vision is None:
+        raise UserError(f"{model} has no image front end, but {with_image} asks about an image")
     name = prompt_template or network.config.template
     with progress(f"eval {Path(model).name}", len(questions)) as advance:
         rows = answer(network, processor, get_template(name), questions, batch_size, max_new_tokens, advance)
@@ -105,6 +115,14 @@ def evaluate_folder(
         (folder / "rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2), encoding="utf-8")
     return metrics
+
+
+def _check_replaceable(out):
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file, expected a folder of scores or a new one")
+    others = {path.name for path in out.iterdir()} - SCORE_FILES if out.is_dir() else ()
+    if others:
+        raise UserError(f"{out} holds {min(others)}, expected a folder of scores or a new one")
 
 
 def print_table(metrics):

@@ -1,6 +1,7 @@
 """Loading any model folder that this package knows, for the verbs that talk to models."""
 
 import torch
+from transformers.utils import logging
 
 from ..convert.teacher import load_processor, load_teacher, resolve_folder, teacher_family
 from ..errors import UserError
@@ -31,6 +32,7 @@ def load_model(folder, dtype="auto", device=None):
     path = resolve_folder(folder)
     if teacher_family(path) is None:
         try:
+            logging.disable_progress_bar()
             model = HybridVLForCausalLM.from_pretrained(path, dtype=torch_dtype or "auto")
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"{path} does not load: {str(error).splitlines()[0]}") from error

@@ -104,7 +104,7 @@ def main(argv):
     check_versions()
     module = _own_module(verb)
     if module is None:
-        return _run_stock(verb, arguments)
+        return run_stock(verb, arguments)
     processes = _torchrun_arguments(arguments) if verb == "train" else None
     if processes is not None:
         return _call([*processes, "-m", module, *arguments, "--launcher", "pytorch"])
@@ -149,7 +149,16 @@ def _own_module(verb):
     raise UserError(f"{verb} is not part of xtuner_ext {xtuner_ext.__version__}")
 
 
-def _run_stock(verb, arguments):
+def run_stock(verb, arguments):
+    """Runs the stock tool of a verb in a process of its own.
+
+    Args:
+        verb (str): One of `STOCK_VERBS`.
+        arguments (list[str]): What follows the verb.
+
+    Returns:
+        int: Exit status of the tool.
+    """
     arguments = list(arguments)
     if verb in CONFIG_FIRST and arguments and not arguments[0].startswith("-"):
         path = find_config(arguments[0])

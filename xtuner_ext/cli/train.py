@@ -56,7 +56,10 @@ def main(argv):
     work_dir = args.work_dir or config.get("work_dir") or os.path.join("./work_dirs", Path(config_path).stem)
     if args.deepspeed:
         _check_deepspeed(args.deepspeed)
-    checkpoint = find_checkpoint(args.resume, work_dir)
+    # XTuner sets the folder itself and does not know our key.
+    config.work_dir = work_dir
+    previous = previous_checkpoint(config)
+    checkpoint = find_checkpoint("auto" if args.resume is None and config.get("resume") else args.resume, work_dir)
     prepare_data(config)
 
     stock = [config_path, "--work-dir", work_dir]
@@ -67,9 +70,26 @@ def main(argv):
         stock += ["--resume", checkpoint]
     if args.seed is not None:
         stock += ["--seed", str(args.seed)]
-    if args.cfg_options:
-        stock += ["--cfg-options", *args.cfg_options]
+    options = [*args.cfg_options, *([f"model.pretrained_pth={previous}"] if previous else [])]
+    if options:
+        stock += ["--cfg-options", *options]
     run_stock_train(stock)
+
+
+def previous_checkpoint(config):
+    """Returns the checkpoint of the stage that the config names as its `previous_stage`.
+
+    Args:
+        config (mmengine.config.Config): With `work_dir` set.
+
+    Returns:
+        str | None: Its path; None where the config has no earlier stage or gives `model.pretrained_pth`.
+    """
+    if not config.get("previous_stage") or config.model.get("pretrained_pth"):
+        return None
+    from xtuner_ext.distill.stages import find_previous_checkpoint
+
+    return find_previous_checkpoint(work_dir=config.work_dir, previous_stage=config.previous_stage)
 
 
 def find_checkpoint(resume, work_dir):
@@ -96,7 +116,7 @@ def prepare_data(config):
     Args:
         config (mmengine.config.Config): May hold `prepare_data = dict(type=function, **kwargs)`. The
             function must be repeatable: it returns at once when its result is there. If there are
-            several processes it needs an argument `out`, a folder, where it writes `meta.json` last.
+            several processes it needs an argument `out`, a file or folder that appears when all is done.
     """
     arguments = config.get("prepare_data")
     if arguments is None:
@@ -113,7 +133,7 @@ def prepare_data(config):
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         function(**arguments)
     elif "out" in arguments:
-        _wait_for(Path(arguments["out"], "meta.json"), PREPARE_TIMEOUT)
+        _wait_for(Path(arguments["out"]), PREPARE_TIMEOUT)
 
 
 def run_stock_train(arguments):

@@ -26,6 +26,12 @@ def installed_version(name):
         return None
 
 
+def installed_versions():
+    """dict[str, str]: Versions of what decides a model's numbers, for the record beside scores."""
+    names = ("xtuner_ext", "xtuner", "mmengine", "torch", "transformers", "tokenizers", "numpy", "pillow")
+    return {name: found for name in names if (found := installed_version(name))}
+
+
 def check_versions():
     """Raises UserError, with the command that mends it, if a package is missing or not accepted."""
     for name, (lowest, refused, pip_arguments) in ACCEPTED.items():

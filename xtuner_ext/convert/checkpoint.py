@@ -103,6 +103,8 @@ def whole_folder(target):
         work.chmod(0o755)
         for path in work.rglob("*"):
             if path.is_file():
+                # Temporary files and some writers are private to their owner; a model folder is not.
+                path.chmod(0o644)
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
         if target.exists():

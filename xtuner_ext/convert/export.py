@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from transformers import GenerationConfig
+from transformers.utils import logging
 
 from ..data.templates import get_template
 from ..errors import UserError
@@ -80,6 +81,7 @@ def logits_difference(model, folder):
     Returns:
         float: Over one text row and, with an image front end, one tile.
     """
+    logging.disable_progress_bar()
     written = HybridVLForCausalLM.from_pretrained(folder, dtype="auto").eval()
     config = model.config
     generator = torch.Generator().manual_seed(0)
@@ -131,36 +133,7 @@ def _write_processor(processor, config, folder):
     settings = json.loads(path.read_text())
     path.write_text(json.dumps({**settings, "auto_map": {"AutoProcessor": AUTO_MAP["AutoProcessor"]}}, indent=2))
     if processor.tokenizer.chat_template is None:
-        (folder / "chat_template.jinja").write_text(_chat_template(get_template(config.template)), encoding="utf-8")
-
-
-def _chat_template(template):
-    """A template's conversations as Jinja."""
-
-    def literal(text):
-        return text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
-
-    before, after = (literal(part) for part in template.instruction.split("{input}"))
-    system_before, system_after = (literal(part) for part in (template.system or "{system}").split("{system}"))
-    content = (
-        "{%- set text = namespace(value='') -%}"
-        "{%- if m['content'] is string -%}{%- set text.value = m['content'] -%}{%- else -%}"
-        "{%- for p in m['content'] -%}{%- set text.value = text.value + "
-        "('<image>\\n' if p['type'] == 'image' else p['text']) -%}{%- endfor -%}{%- endif -%}"
-    )
-    default = ""
-    if template.default_system:
-        default = (
-            "{%- if messages[0]['role'] != 'system' -%}{{ '"
-            + system_before + literal(template.default_system) + system_after + "' }}{%- endif -%}"
-        )
-    return (
-        default + "{%- for m in messages -%}" + content
-        + "{%- if m['role'] == 'system' -%}{{ '" + system_before + "' + text.value + '" + system_after + "' }}"
-        + "{%- elif m['role'] == 'user' -%}{{ '" + before + "' + text.value + '" + after + "' }}"
-        + "{%- else -%}{{ text.value + '" + literal(template.suffix) + literal(template.sep) + "' }}{%- endif -%}"
-        + "{%- endfor -%}"
-    )
+        (folder / "chat_template.jinja").write_text(get_template(config.template).jinja(), encoding="utf-8")
 
 
 def _write_generation_config(student, processor, config, folder):
@@ -211,4 +184,3 @@ def _teacher_cache_bytes(config, length):
     return everywhere.cache_bytes(length)
 
 
-from .digits_teacher import write_digits_teacher  # noqa

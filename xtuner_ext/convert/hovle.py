@@ -100,30 +100,37 @@ def model_config(raw, where="config.json"):
             "image_size": raw.get("force_image_size") or need("embedding_config", "image_size", embedding),
             "patch_size": need("embedding_config", "patch_size", embedding),
             "num_channels": embedding.get("num_channels", 3),
-            "downsample_ratio": embedding.get("downsample_ratio", raw.get("downsample_ratio", 0.5)),
+            "downsample_ratio": need("embedding_config", "downsample_ratio", embedding),
         },
         image_token_id=need("embedding_config", "img_context_token_id", embedding),
-        template=raw.get("template", "internlm2-chat"),
+        template=need("config", "template", raw),
         num_embedding_layers=embedding_layers,
         embedding_overrides=overrides or None,
     )
 
 
-def processor_settings(raw):
+def processor_settings(raw, where="config.json"):
     """Tiling of HoVLE's config.json as arguments of ``HybridVLProcessor``.
 
     Args:
         raw (dict): Content of config.json.
+        where (str): The file's name, for messages.
 
     Returns:
         dict: ``image_size``, ``min_tiles``, ``max_tiles`` and ``use_thumbnail``.
+
+    Raises:
+        UserError: For a missing field; the tiling is never guessed.
     """
-    dynamic = raw.get("dynamic_image_size", True)
+    for name in ("dynamic_image_size", "use_thumbnail", "min_dynamic_patch", "max_dynamic_patch"):
+        if name not in raw:
+            raise UserError(f"{where}: config.{name} is missing")
+    dynamic = raw["dynamic_image_size"]
     return {
         "image_size": raw.get("force_image_size") or raw["embedding_config"]["image_size"],
-        "min_tiles": raw.get("min_dynamic_patch", 1) if dynamic else 1,
-        "max_tiles": raw.get("max_dynamic_patch", 12) if dynamic else 1,
-        "use_thumbnail": raw.get("use_thumbnail", True),
+        "min_tiles": raw["min_dynamic_patch"] if dynamic else 1,
+        "max_tiles": raw["max_dynamic_patch"] if dynamic else 1,
+        "use_thumbnail": raw["use_thumbnail"],
     }
 
 

@@ -1,10 +1,12 @@
 """Teachers of any supported family as a ``HybridVLForCausalLM`` with attention everywhere."""
 
+import importlib.util
 from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
 from transformers import AutoTokenizer
+from transformers.utils import logging
 
 from ..errors import UserError
 from ..modeling import HybridVLConfig, HybridVLForCausalLM
@@ -48,7 +50,7 @@ def teacher_family(folder):
     )
 
 
-def load_teacher(pretrained_model_name_or_path, dtype=None):
+def load_teacher(pretrained_model_name_or_path, dtype=None, attn_implementation="auto"):
     """Load a teacher.
 
     Under accelerate's ``init_empty_weights`` only the structure is built.
@@ -56,6 +58,8 @@ def load_teacher(pretrained_model_name_or_path, dtype=None):
     Args:
         pretrained_model_name_or_path (str): Local folder, or the name of a shipped model.
         dtype (str | torch.dtype, optional): Such as ``"bfloat16"``; the checkpoint's own when absent.
+        attn_implementation (str): ``auto`` takes flash-attn where it is installed and can run, else
+            ``sdpa``; or one of transformers' names.
 
     Returns:
         HybridVLForCausalLM: The teacher, in evaluation mode.
@@ -70,6 +74,8 @@ def load_teacher(pretrained_model_name_or_path, dtype=None):
         config = HybridVLConfig.from_dict(raw) if family is None else family.model_config(raw, folder / "config.json")
     except ValueError as error:
         raise UserError(f"{folder / 'config.json'}: {error}") from error
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    config._attn_implementation = _attention(dtype) if attn_implementation == "auto" else attn_implementation
     empty = _meta_context()
     with init_empty_weights():
         model = HybridVLForCausalLM(config)
@@ -79,7 +85,6 @@ def load_teacher(pretrained_model_name_or_path, dtype=None):
             state = family.to_model(config, state)
         load_exactly(model, state, folder)
         # Buffers without a checkpoint entry were built on the CPU already; nothing is left on meta.
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         if dtype is not None:
             model = model.to(dtype)
     return model.eval()
@@ -126,20 +131,35 @@ def load_processor(pretrained_model_name_or_path, max_tiles=None):
     """
     folder = resolve_folder(pretrained_model_name_or_path)
     family, raw = teacher_family(folder), read_config_json(folder)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} has no tokenizer that loads: {error}") from error
+    tokenizer = _load_tokenizer(folder)
     if family is None:
         processor = HybridVLProcessor.from_pretrained(folder)
         processor.tokenizer = tokenizer
     else:
         config = family.model_config(raw, folder / "config.json")
-        settings = family.processor_settings(raw)
+        settings = family.processor_settings(raw, folder / "config.json")
         processor = HybridVLProcessor(tokenizer, tokens_per_tile=config.tokens_per_tile, **settings)
     if max_tiles is not None:
         processor.max_tiles = max_tiles
     return processor
+
+
+def _load_tokenizer(folder):
+    # AutoTokenizer warns of every config.json whose model type it does not know, which says nothing here.
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        return AutoTokenizer.from_pretrained(folder, padding_side="left")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} has no tokenizer that loads: {error}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _attention(dtype):
+    # flash-attn takes half precision only.
+    flash = dtype in (torch.float16, torch.bfloat16) and torch.cuda.is_available()
+    return "flash_attention_2" if flash and importlib.util.find_spec("flash_attn") else "sdpa"
 
 
 def _meta_context():

@@ -79,13 +79,19 @@ def read_meta(path):
         repeat_time = fields.get("repeat_time", 1)
         if not isinstance(repeat_time, (int, float)) or repeat_time <= 0:
             raise UserError(f"{path}: dataset {name!r} has repeat_time {repeat_time!r}, expected a number above 0")
+        for key in ("annotation", "root"):
+            if not isinstance(fields.get(key, "."), str):
+                raise UserError(f"{path}: dataset {name!r} has {key} {fields[key]!r}, expected a path")
+        tiles = fields.get("max_dynamic_patch")
+        if tiles is not None and (not isinstance(tiles, int) or tiles < 1):
+            raise UserError(f"{path}: dataset {name!r} has max_dynamic_patch {tiles!r}, expected 1 tile or more")
         entries.append(
             MetaEntry(
                 name=name,
                 annotation=path.parent / fields["annotation"],
                 root=path.parent / fields.get("root", "."),
                 repeat_time=float(repeat_time),
-                max_dynamic_patch=fields.get("max_dynamic_patch"),
+                max_dynamic_patch=tiles,
             )
         )
     return entries
@@ -189,6 +195,8 @@ def _turns(conversations, where):
     for position, message in enumerate(conversations):
         if not isinstance(message, dict) or not isinstance(message.get("value"), str):
             raise UserError(f"{where}: conversations[{position}] has no text 'value'")
+        if IMAGE_PLACEHOLDER in message["value"] and ROLES.get(message.get("from")) != "human":
+            raise UserError(f"{where}: conversations[{position}] has {IMAGE_PLACEHOLDER} outside a question")
         if message.get("from") == "system" and position == 0:
             system = message["value"]
             continue

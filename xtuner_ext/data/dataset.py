@@ -64,8 +64,7 @@ class ConversationDataset(Dataset):
     def _encode(self, index):
         entry = self.sources[self._index[index][0]][0]
         record = self.record(index)
-        limit = entry.max_dynamic_patch or self.processor.max_tiles
-        limit = max(1, limit // max(1, len(record.images)))
+        limit = self.processor.tile_limit(len(record.images), entry.max_dynamic_patch)
         tiles = [self.processor.tiles(open_image(path, record.where), max_tiles=limit) for path in record.images]
         counts, turns = iter([len(t) for t in tiles]), []
         for question, answer in record.turns:

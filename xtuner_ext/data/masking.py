@@ -29,10 +29,9 @@ def encode_conversation(tokenizer, template, turns, system=None):
         prompt = template.prompt(question, first=number == 0, system=system)
         prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
         turn_ids = tokenizer(prompt + answer + template.suffix, add_special_tokens=False).input_ids
-        # The last prompt token may merge with the answer's first; what differs is trained.
-        start = 0
-        while start < len(prompt_ids) and prompt_ids[start] == turn_ids[start]:
-            start += 1
+        if turn_ids[: len(prompt_ids)] != prompt_ids:
+            # The answer merges with the prompt's end; generation starts from the prompt's own tokens.
+            turn_ids = prompt_ids + tokenizer(answer + template.suffix, add_special_tokens=False).input_ids
         ids += turn_ids
-        labels += [IGNORE_INDEX] * start + turn_ids[start:]
+        labels += [IGNORE_INDEX] * len(prompt_ids) + turn_ids[len(prompt_ids) :]
     return torch.tensor(ids), torch.tensor(labels)

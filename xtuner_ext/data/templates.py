@@ -50,6 +50,32 @@ class Template:
         head = self.sep if not first else self.system.format(system=system) if system else ""
         return head + self.instruction.replace("{input}", question)
 
+    def jinja(self):
+        """str: The same conversations as a Hugging Face chat template; images become ``<image>`` lines."""
+        user, system = self.instruction.split("{input}"), (self.system or "{system}").split("{system}")
+        lines = []
+        if self.default_system:
+            text = system[0] + self.default_system + system[1]
+            lines.append("{%- if messages[0]['role'] != 'system' %}{{ " + _quote(text) + " }}{% endif -%}")
+        lines += [
+            "{%- for message in messages -%}",
+            "{%- set text = namespace(value='') -%}",
+            "{%- if message['content'] is string -%}{%- set text.value = message['content'] -%}{%- else -%}",
+            "{%- for part in message['content'] -%}",
+            "{%- set piece = '<image>\n' if part['type'] == 'image' else part['text'] -%}",
+            "{%- set text.value = text.value + piece -%}",
+            "{%- endfor -%}{%- endif -%}",
+            "{%- if message['role'] == 'system' %}{{ " + f"{_quote(system[0])} + text.value + {_quote(system[1])}" + " }}",
+            "{%- elif message['role'] == 'user' %}{{ " + f"{_quote(user[0])} + text.value + {_quote(user[1])}" + " }}",
+            "{%- else %}{{ text.value + " + _quote(self.suffix + self.sep) + " }}{% endif -%}",
+            "{%- endfor -%}",
+        ]
+        return "".join(lines)
+
+
+def _quote(text):
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
+
 
 def _chatml(newline, default_system):
     return Template(

@@ -42,6 +42,8 @@ class DistillModel(HybridModel):
         alignment (dict, optional): Stages 1 and 2: ``scale`` and ``normalise`` of the layer loss.
         divergence (dict, optional): Stage 3: ``direction``, ``temperature``, ``tokens`` (``answer`` or
             ``all``), ``reduction`` (``mean`` over tokens or ``batchmean``) and ``chunk_rows``.
+        trainable_dtype (str, optional): Such as ``"float32"``, for weights that train beside frozen bf16
+            ones under automatic mixed precision; the teacher's own when absent.
         pretrained_pth (str, optional): Checkpoint of the stage before.
         seed (int): Seed of new weights.
         data_preprocessor (dict, optional): MMEngine's.
@@ -61,6 +63,7 @@ class DistillModel(HybridModel):
         trainable=None,
         alignment=None,
         divergence=None,
+        trainable_dtype=None,
         pretrained_pth=None,
         seed=0,
         data_preprocessor=None,
@@ -82,6 +85,10 @@ class DistillModel(HybridModel):
         self.teacher = BUILDER.build(llm) if self.trainable == "all" else None
         self._pair(Seeding.from_dict(seeding or {}), seed)
         self._freeze()
+        if trainable_dtype is not None:
+            for parameter in self.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.to(getattr(torch, trainable_dtype))
         if pretrained_pth is not None and not self.llm.lm_head.weight.is_meta:
             load_previous_stage(self, pretrained_pth)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from ..compat import allow_checkpoint_types
 from ..errors import UserError
 
 
@@ -62,19 +63,6 @@ def find_previous_checkpoint(work_dir, previous_stage):
     raise UserError(f"{pointer} names {path}, which does not exist")
 
 
-def fill_previous_stage(cfg):
-    """Set ``cfg.model.pretrained_pth`` to the checkpoint of ``cfg.previous_stage``, when that is wanted.
-
-    Args:
-        cfg (Config): A stage's config with ``work_dir`` set.
-
-    Raises:
-        UserError: When the checkpoint is missing.
-    """
-    if cfg.get("previous_stage") and cfg.model.get("pretrained_pth") is None:
-        cfg.model.pretrained_pth = find_previous_checkpoint(cfg.work_dir, cfg.previous_stage)
-
-
 def read_checkpoint(path):
     """Read a training checkpoint.
 
@@ -93,11 +81,13 @@ def read_checkpoint(path):
         return guess_load_checkpoint(path), {}
     if not os.path.isfile(path):
         raise UserError(f"checkpoint {path} does not exist")
+    allow_checkpoint_types()
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        # torch raises half a dozen types for a damaged or forbidden file.
-        raise UserError(f"checkpoint {path} cannot be read: {str(error).splitlines()[0]}") from error
+        # torch raises half a dozen types for a damaged or forbidden file, some without words.
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"checkpoint {path} cannot be read: {reason}") from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise UserError(f"checkpoint {path} holds no 'state_dict', expected a checkpoint of tools/dist.sh train")
     return checkpoint["state_dict"], checkpoint.get("meta", {}).get("distill") or {}

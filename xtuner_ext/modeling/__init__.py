@@ -1,16 +1,18 @@
 """The Hugging Face model; importing this registers it with transformers' Auto classes."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 from .cache import HybridCache
 from .configuration import HybridVLConfig, MixerConfig, every_nth, layer_types_from_attention
 from .mixers import Attention, Mamba2Mixer, PairedMixer
 from .modeling import HybridDecoder, HybridVLForCausalLM
+from .processing import HybridVLProcessor
 
 AutoConfig.register(HybridVLConfig.model_type, HybridVLConfig, exist_ok=True)
 # AutoModel too, because InternVL's tools load a chat model through it.
 for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
     auto_class.register(HybridVLConfig, HybridVLForCausalLM, exist_ok=True)
+AutoProcessor.register(HybridVLConfig, HybridVLProcessor, exist_ok=True)
 
 __all__ = [
     "Attention",
@@ -18,6 +20,7 @@ __all__ = [
     "HybridDecoder",
     "HybridVLConfig",
     "HybridVLForCausalLM",
+    "HybridVLProcessor",
     "Mamba2Mixer",
     "MixerConfig",
     "PairedMixer",

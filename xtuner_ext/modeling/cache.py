@@ -45,6 +45,16 @@ class HybridCache(Cache):
                 tensors += [layer.keys, layer.values]
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
+    def batch_repeat_interleave(self, repeats):
+        """Give every row ``repeats`` copies, for beams and several answers to one prompt."""
+        for layer in self.layers:
+            if not isinstance(layer, LinearAttentionLayer):
+                layer.batch_repeat_interleave(repeats)
+                continue
+            for states in (layer.conv_states, layer.recurrent_states):
+                if states[0] is not None:
+                    states[0] = states[0].repeat_interleave(repeats, dim=0)
+
     def reset(self):
         """Forget everything."""
         super().reset()

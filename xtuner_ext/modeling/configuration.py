@@ -17,6 +17,7 @@ class MixerConfig:
         conv_kernel (int): Taps of the depthwise causal convolution; 0 leaves it out.
         conv_activation (str | None): ``silu`` or None, applied to v, k and q also without convolution.
         qk_norm (str | None): ``layernorm`` (learned, per head), ``l2`` (unit length) or None.
+        use_rope (bool): Rotate q and k by position, as the attention did.
         gate (bool): Normalise each head's output and multiply it by SiLU of a learned gate.
         gate_bias (bool): Give the gate projection a bias.
         use_D (bool): Add ``D * v`` to the scan's output.
@@ -27,6 +28,7 @@ class MixerConfig:
     conv_kernel: int = 2
     conv_activation: str | None = "silu"
     qk_norm: str | None = None
+    use_rope: bool = False
     gate: bool = True
     gate_bias: bool = False
     use_D: bool = False
@@ -50,6 +52,8 @@ class MixerConfig:
             raise ValueError(f"unknown mixer.conv_activation {config.conv_activation!r}, expected None or 'silu'")
         if config.conv_kernel == 1 or config.conv_kernel < 0:
             raise ValueError(f"mixer.conv_kernel is {config.conv_kernel}, expected 0 or at least 2")
+        if config.chunk_size < 1:
+            raise ValueError(f"mixer.chunk_size is {config.chunk_size}, expected at least 1")
         return config
 
 

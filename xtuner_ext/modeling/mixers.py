@@ -97,11 +97,14 @@ class Mamba2Mixer(nn.Module):
             # One weight for all heads; eps is fixed by the reference, whatever the model's own.
             self.g_norm = nn.RMSNorm(self.head_dim, eps=1e-5)
 
-    def head_outputs(self, hidden_states, *, token_mask=None, segment_ids=None, cache=None, **_):
+    def head_outputs(
+        self, hidden_states, *, position_embeddings=None, token_mask=None, segment_ids=None, cache=None, **_
+    ):
         """Scan.
 
         Args:
             hidden_states (Tensor): Normalised layer input, (B, L, D).
+            position_embeddings (tuple[Tensor, Tensor], optional): cos and sin, (B, L, P); for ``use_rope``.
             token_mask (Tensor, optional): Boolean (B, L), False at padding.
             segment_ids (Tensor, optional): Integers (B, L) of packed rows.
             cache (HybridCache, optional): States after the tokens seen before; updated.
@@ -123,6 +126,8 @@ class Mamba2Mixer(nn.Module):
             q.reshape(batch, length, self.num_heads, self.head_dim),
             k.reshape(batch, length, self.num_kv_heads, self.head_dim),
         )
+        if self.mixer.use_rope:
+            q, k = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
         y = self._scan(v, dt, k, q, segment_ids, cache)
         if self.mixer.use_D:
             y = y + self.D[:, None].to(y.dtype) * v

@@ -11,10 +11,24 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 
+from ..ops.ssd import number_segments
 from .cache import HybridCache
 from .configuration import HybridVLConfig
 from .mixers import MIXERS, Mamba2Mixer
 from .vision import PatchVision
+
+
+class HybridRotaryEmbedding(LlamaRotaryEmbedding):
+    """Rotary positions whose dynamic scaling follows the sequence at hand, whatever came before it."""
+
+    @torch.no_grad()
+    def forward(self, x, position_ids):
+        """cos and sin, each (B, L, P)."""
+        if "dynamic" in self.rope_type and self.max_seq_len_cached != self.original_max_seq_len:
+            # transformers would keep the frequencies of the longest sequence so far.
+            self.inv_freq = self.original_inv_freq.to(x.device)
+            self.max_seq_len_cached = self.original_max_seq_len
+        return super().forward(x, position_ids)
 
 
 class HybridDecoderLayer(GradientCheckpointingLayer):
@@ -83,9 +97,9 @@ class HybridDecoder(HybridVLPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(HybridDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.rotary_emb = HybridRotaryEmbedding(config)
         if config.embedding_overrides:
-            self.embedding_rotary_emb = LlamaRotaryEmbedding(config.embedding_config())
+            self.embedding_rotary_emb = HybridRotaryEmbedding(config.embedding_config())
         self.post_init()
 
     def layer_context(self, inputs_embeds, attention_mask=None, position_ids=None, segment_ids=None, cache=None):
@@ -115,7 +129,7 @@ class HybridDecoder(HybridVLPreTrainedModel):
             position_ids = _positions(inputs_embeds, attention_mask, segment_ids, seen)
         packed = None
         if segment_ids is not None:
-            packed = _same_segment(segment_ids)
+            packed = _same_segment(number_segments(segment_ids))
         causal_mask = None
         if "full_attention" in self.config.layer_types:
             causal_mask = create_causal_mask(
@@ -335,6 +349,9 @@ class HybridVLForCausalLM(HybridVLPreTrainedModel, GenerationMixin):
         Returns:
             Tensor | ModelOutput: As for :meth:`transformers.GenerationMixin.generate`.
         """
+        if self.config.image_token_id is not None:
+            # A picture's slot is filled by the user, never written by the model.
+            kwargs.setdefault("suppress_tokens", [self.config.image_token_id])
         if input_ids is None:
             return super().generate(past_key_values=past_key_values, **kwargs)
         if kwargs.get("attention_mask") is None:
@@ -352,6 +369,14 @@ class HybridVLForCausalLM(HybridVLPreTrainedModel, GenerationMixin):
                 chunk_size=prefill_chunk_size,
             )
         return super().generate(input_ids, past_key_values=cache, **kwargs)
+
+    def _expand_inputs_for_generation(self, expand_size=1, past_key_values=None, **kwargs):
+        # transformers reads prompts only after this point and leaves the cache alone; ours may be filled.
+        if expand_size > 1 and past_key_values is not None and past_key_values.get_seq_length():
+            past_key_values.batch_repeat_interleave(expand_size)
+        return super()._expand_inputs_for_generation(
+            expand_size=expand_size, past_key_values=past_key_values, **kwargs
+        )
 
 
 def _positions(inputs_embeds, attention_mask, segment_ids, seen):

@@ -89,6 +89,8 @@ class HybridVLProcessor:
     """
 
     config_name = "processor_config.json"
+    # Not a ProcessorMixin: that would need an image processor class and files of its own for six numbers.
+    _auto_class = None
 
     def __init__(
         self,
@@ -112,6 +114,10 @@ class HybridVLProcessor:
     def settings(self):
         """dict: Everything but the tokenizer, as written to ``processor_config.json``."""
         return {key: value for key, value in vars(self).items() if key != "tokenizer"}
+
+    def tile_limit(self, images, max_tiles=None):
+        """int: Tiles that one of several images of a prompt may have; they share the limit of one."""
+        return max(1, (self.max_tiles if max_tiles is None else max_tiles) // max(1, images))
 
     def tiles(self, image, max_tiles=None):
         """Cut and normalise one image.
@@ -167,7 +173,8 @@ class HybridVLProcessor:
         per_text = _group_images(texts, images)
         pixels, expanded = [], []
         for prompt, group in zip(texts, per_text):
-            tiles = [self.tiles(image) for image in group]
+            limit = self.tile_limit(len(group))
+            tiles = [self.tiles(image, limit) for image in group]
             expanded.append(self.expand(prompt, [len(t) for t in tiles]))
             pixels += tiles
         data = dict(
@@ -205,6 +212,11 @@ class HybridVLProcessor:
         self.tokenizer.save_pretrained(folder)
 
     @classmethod
+    def register_for_auto_class(cls, auto_class="AutoProcessor"):
+        """Note the Auto class that loaded this one; called by transformers."""
+        cls._auto_class = auto_class
+
+    @classmethod
     def from_pretrained(cls, folder, **kwargs):
         """Read what :meth:`save_pretrained` wrote.
 
@@ -232,6 +244,8 @@ def to_rgb(image):
 def _group_images(texts, images):
     images = list(images or [])
     if images and isinstance(images[0], (list, tuple)):
+        if len(images) != len(texts):
+            raise ValueError(f"there are {len(images)} lists of images for {len(texts)} prompts")
         return images
     counts = [text.count(IMAGE_PLACEHOLDER) for text in texts]
     if sum(counts) != len(images):

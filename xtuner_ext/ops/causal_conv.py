@@ -11,6 +11,8 @@ import importlib.util
 import torch
 import torch.nn.functional as F
 
+from .ssd import number_segments
+
 BACKENDS = ("auto", "torch", "cuda")
 
 
@@ -47,6 +49,8 @@ def causal_conv(
         raise ValueError(f"unknown activation {activation!r} of causal_conv, expected 'silu' or None")
     if backend not in BACKENDS:
         raise ValueError(f"unknown causal_conv backend {backend!r}, expected one of {', '.join(BACKENDS)}")
+    if segment_ids is not None:
+        segment_ids = number_segments(segment_ids)
     # The kernel covers widths 2-4 and takes segment ids only without an initial state.
     plain = initial_state is None and weight.shape[1] in (2, 3, 4)
     if backend == "auto":

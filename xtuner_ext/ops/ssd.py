@@ -65,7 +65,9 @@ def ssd(
         ValueError: For shapes that do not fit together, an unknown backend, or a named backend that
             cannot do what is asked.
     """
-    _check_shapes(x, dt, A, B, C, initial_state)
+    _check_shapes(x, dt, A, B, C, dt_bias, segment_ids, initial_state)
+    if segment_ids is not None:
+        segment_ids = number_segments(segment_ids)
     kwargs = dict(
         dt_bias=dt_bias,
         chunk_size=chunk_size,
@@ -104,13 +106,32 @@ def ssd_step(x, dt, A, B, C, *, dt_bias=None, state):
     return torch.einsum("bhpn,bhn->bhp", state, C).to(x.dtype), state
 
 
-def _check_shapes(x, dt, A, B, C, initial_state):
+def number_segments(segment_ids):
+    """Number the segments of every row 0, 1, 2, ..., so that an id that comes back joins nothing.
+
+    Args:
+        segment_ids (Tensor): Integers (B, L); a segment starts where they change.
+
+    Returns:
+        Tensor: (B, L), int64.
+    """
+    starts = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return F.pad(starts.cumsum(-1), (1, 0))
+
+
+def _check_shapes(x, dt, A, B, C, dt_bias, segment_ids, initial_state):
+    if x.ndim != 4:
+        raise ValueError(f"ssd: x has shape {tuple(x.shape)}, expected (B, L, H, P)")
     batch, length, heads, width = x.shape
-    expected = {"dt": (dt, (batch, length, heads)), "A": (A, (heads,))}
-    if initial_state is not None:
-        expected["initial_state"] = (initial_state, (batch, heads, width, B.shape[-1]))
+    expected = {
+        "dt": (dt, (batch, length, heads)),
+        "A": (A, (heads,)),
+        "dt_bias": (dt_bias, (heads,)),
+        "segment_ids": (segment_ids, (batch, length)),
+        "initial_state": (initial_state, (batch, heads, width, B.shape[-1])),
+    }
     for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != shape:
+        if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"ssd: {name} has shape {tuple(tensor.shape)}, expected {shape}")
     for name, tensor in (("B", B), ("C", C)):
         if tensor.shape[:2] != (batch, length) or tensor.ndim != 4 or heads % tensor.shape[2]:
@@ -118,6 +139,8 @@ def _check_shapes(x, dt, A, B, C, initial_state):
                 f"ssd: {name} has shape {tuple(tensor.shape)}, expected ({batch}, {length}, G, N) "
                 f"with G dividing {heads} heads"
             )
+    if B.shape[-1] != C.shape[-1]:
+        raise ValueError(f"ssd: C has {C.shape[-1]} state channels, B has {B.shape[-1]}")
 
 
 def _delta(dt, dt_bias):

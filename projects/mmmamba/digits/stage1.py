@@ -13,6 +13,7 @@ from xtuner_ext.distill.optim import TrainableParameters
 from xtuner_ext.hooks import ResumableTrainLoop
 
 with read_base():
+    from .._base_.recipes import *
     from .._base_.runtime import *
     from ._base_ import *
 
@@ -36,9 +37,9 @@ model = dict(
     type=DistillModel,
     llm=dict(type=load_teacher, pretrained_model_name_or_path=teacher, dtype="float32"),
     stage=1,
-    mixer=dict(qk_norm="l2", gate_bias=True),
-    seeding=dict(A_log=0.0, dt_spacing="log", dt_min=1e-3, dt_max=1e-1, gate="open"),
-    alignment=dict(scale=1.0, normalise=True),
+    mixer=improved_mixer,
+    seeding=improved_seeding,
+    alignment=improved_alignment,
     pretrained_pth=None,
     seed=0,
 )

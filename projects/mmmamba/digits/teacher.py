@@ -37,14 +37,15 @@ sizes = dict(
     embedding_layers=2,
     llm_layers=6,
 )
-max_iters = 6000  # iterations
+max_iters = 8000  # iterations
 warmup_iters = 200  # iterations
+decay_begin = 3000  # iteration at which the learning rate starts to fall
 batch_size = 32  # samples a process
 lr = 1.5e-3  # peak
 weight_decay = 0.05
 max_norm = 1.0  # gradient clipping
 
-prepare_data = dict(type=prepare_teacher, out=data_dir, seed=1, train=60000, test=1200, template=template)
+prepare_data = dict(type=prepare_teacher, out=data_dir, seed=1, train=40000, test=1200, template=template)
 
 #######################################################################
 #                           PART 2  Model                             #
@@ -82,7 +83,7 @@ optim_wrapper = dict(
 )
 param_scheduler = [
     dict(type=LinearLR, start_factor=1e-3, by_epoch=False, begin=0, end=warmup_iters),
-    dict(type=CosineAnnealingLR, eta_min=lr * 0.01, by_epoch=False, begin=warmup_iters, end=max_iters),
+    dict(type=CosineAnnealingLR, eta_min=lr * 0.01, by_epoch=False, begin=decay_begin, end=max_iters),
 ]
 train_cfg = dict(type=ResumableTrainLoop, max_iters=max_iters)
 

@@ -36,7 +36,7 @@ def make_digits(out, seed=0, train=12000, test=1200):
         dict: ``train`` and ``test`` paths of the meta files.
 
     Raises:
-        UserError: For counts below 1, or a folder that holds something else.
+        UserError: For counts below 1, a file, or a folder that holds something else.
     """
     out = Path(out)
     if train < 1 or test < 1:
@@ -49,6 +49,8 @@ def make_digits(out, seed=0, train=12000, test=1200):
         if found != settings:
             raise UserError(f"{out} was made with {found}, expected {settings}: remove it or choose another folder")
         return metas
+    if out.is_file():
+        raise UserError(f"{out} is a file, expected a folder")
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty and was not made by make-digits")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -140,7 +142,8 @@ def compose(pools, rng):
 
 def _image_questions(values, count, rng):
     kinds = rng.choice(len(_QUESTIONS), size=count, replace=False)
-    return [_QUESTIONS[kind](values, rng) for kind in kinds]
+    # Reading aloud comes last: its answer would give all later ones away.
+    return [_QUESTIONS[kind](values, rng) for kind in sorted(kinds, key=lambda kind: _QUESTIONS[kind] is _read)]
 
 
 def _which(values, rng):

@@ -15,17 +15,6 @@ SPECIAL_TOKENS = [
     *("<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"),
     *("<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>"),
 ]
-CHAT_TEMPLATE = (
-    "{%- for message in messages -%}"
-    "<|im_start|>{{ message['role'] }}\n"
-    "{%- if message['content'] is string -%}{{ message['content'] }}"
-    "{%- else -%}{%- for part in message['content'] -%}"
-    "{%- if part['type'] == 'image' -%}<image>\n{%- else -%}{{ part['text'] }}{%- endif -%}"
-    "{%- endfor -%}{%- endif -%}"
-    "<|im_end|>\n"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}<|im_start|>assistant\n{%- endif -%}"
-)
 
 
 def prepare_teacher(out, seed=0, train=40000, test=1200, vocab_size=384, template="internlm2_chat"):
@@ -88,7 +77,7 @@ def make_tokenizer(meta, vocab_size, template):
         extra_special_tokens=SPECIAL_TOKENS[3:],
         model_max_length=32768,
         padding_side="left",
-        chat_template=CHAT_TEMPLATE,
+        chat_template=layout.jinja(),
         clean_up_tokenization_spaces=False,
     )
 

@@ -1,0 +1,12 @@
+"""Stage 1 with the improved recipe.
+
+$ bash tools/dist.sh train projects/mmmamba/hovle/improved/stage1.py 8
+"""
+
+from mmengine.config import read_base
+
+with read_base():
+    from ..stage1 import *
+
+work_dir = "work_dirs/hovle_improved/stage1"
+model.update(mixer=improved_mixer, seeding=improved_seeding, alignment=improved_alignment)

@@ -1,0 +1,213 @@
+"""Meta JSON and JSONL: what is read, and how each mistake is named."""
+
+import json
+import pickle
+
+import pytest
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from xtuner_ext.data.annotation import JsonlAnnotations, read_meta
+from xtuner_ext.errors import UserError
+
+
+def turns(*texts):
+    return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    return tmp_path
+
+
+def write_meta(folder, **fields):
+    path = folder / "meta.json"
+    path.write_text(json.dumps({"d": fields}))
+    return path
+
+
+def annotations(folder, *lines):
+    path = folder / "data.jsonl"
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n")
+    return JsonlAnnotations(path, folder)
+
+
+def test_meta_paths_count_from_the_meta_file(tmp_path):
+    fields = dict(
+        root="images", annotation="lines/a.jsonl", data_augment=False, length=3, max_dynamic_patch=4
+    )
+    (entry,) = read_meta(write_meta(tmp_path, **fields, repeat_time=0.5))
+    assert (entry.root, entry.annotation) == (tmp_path / "images", tmp_path / "lines" / "a.jsonl")
+    assert (entry.name, entry.repeat_time, entry.max_dynamic_patch) == ("d", 0.5, 4)
+
+
+def test_meta_defaults_and_absolute_paths(tmp_path):
+    (entry,) = read_meta(write_meta(tmp_path, annotation="/elsewhere/a.jsonl"))
+    assert str(entry.annotation) == "/elsewhere/a.jsonl"
+    assert (entry.root, entry.repeat_time, entry.max_dynamic_patch) == (tmp_path, 1.0, None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(annotation="a.jsonl", rot="."), "dataset 'd' has unknown key 'rot', expected"),
+        (dict(root="."), "dataset 'd' has no key 'annotation'"),
+        (dict(annotation="a.jsonl", repeat_time=0), "has repeat_time 0, expected a number above 0"),
+        (dict(annotation="a.jsonl", repeat_time=-0.5), "has repeat_time -0.5, expected a number above 0"),
+        (dict(annotation="a.jsonl", repeat_time="2"), "has repeat_time '2', expected a number above 0"),
+        (dict(annotation="a.jsonl", max_dynamic_patch=0), "has max_dynamic_patch 0, expected 1 tile or more"),
+        (dict(annotation="a.jsonl", max_dynamic_patch="6"), "max_dynamic_patch '6', expected 1 tile"),
+        (dict(annotation=["a.jsonl"]), r"has annotation \['a.jsonl'\], expected a path"),
+        (dict(annotation="a.jsonl", root=None), "has root None, expected a path"),
+    ],
+)
+def test_meta_mistakes_name_file_dataset_and_key(tmp_path, fields, message):
+    with pytest.raises(UserError, match=message) as caught:
+        read_meta(write_meta(tmp_path, **fields))
+    assert str(tmp_path / "meta.json") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"d": ', "is not valid JSON: Expecting value"),
+        ('{"d": {}}'.encode("utf-16"), "is not valid JSON: 'utf-8' codec"),
+        (b"[]", "must hold at least one dataset"),
+        (b"{}", "must hold at least one dataset"),
+        (b'{"d": 3}', "dataset 'd' is int, expected an object"),
+    ],
+)
+def test_broken_meta_files_are_named(tmp_path, content, message):
+    path = tmp_path / "meta.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        read_meta(path)
+    assert str(path) in str(caught.value)
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(UserError, match="meta file .*meta.json does not exist"):
+        read_meta(tmp_path / "meta.json")
+    with pytest.raises(UserError, match="annotation file .*a.jsonl does not exist"):
+        JsonlAnnotations(tmp_path / "a.jsonl", tmp_path)
+
+
+def test_text_line(folder):
+    (record,) = annotations(folder, {"conversations": turns(" hi ", "yo", "more", "no")})
+    assert record.turns == [("hi", "yo"), ("more", "no")]
+    assert (record.id, record.images, record.system, record.category) == (1, [], None, "all")
+    assert record.where == f"{folder / 'data.jsonl'}:1"
+
+
+@pytest.mark.parametrize("image", ["a.png", ["a.png"]])
+def test_single_image_gets_a_placeholder_in_front(folder, image):
+    item = {"id": "x", "category": "c", "image": image, "conversations": turns("what?", "a", "and?", "b")}
+    (record,) = annotations(folder, item)
+    assert record.turns == [("<image>\nwhat?", "a"), ("and?", "b")]
+    assert (record.id, record.category, record.images) == ("x", "c", [folder / "a.png"])
+
+
+def test_placeholder_stays_where_it_is(folder):
+    (record,) = annotations(folder, {"image": "a.png", "conversations": turns("hi", "a", "see <image>", "b")})
+    assert record.turns == [("hi", "a"), ("see <image>", "b")]
+
+
+def test_several_images_over_turns_and_system(folder):
+    conversation = turns("<image> one", "a", "two <image>", "b")
+    item = {
+        "image": ["b.png", "a.png"],
+        "conversations": [{"from": "system", "value": "Be brief."}, *conversation],
+    }
+    (record,) = annotations(folder, item)
+    assert record.images == [folder / "b.png", folder / "a.png"]
+    assert record.system == "Be brief."
+    assert record.turns == [("<image> one", "a"), ("two <image>", "b")]
+
+
+@pytest.mark.parametrize("image", ["", [], None])
+def test_empty_image_means_text(folder, image):
+    (record,) = annotations(folder, {"image": image, "conversations": turns("q", "a")})
+    assert record.images == []
+
+
+GOOD = {"conversations": turns("q", "a")}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"conversations": [', "malformed JSON"),
+        ("[1]", "expected an object with a list 'conversations'"),
+        ({"text": "q"}, "expected an object with a list 'conversations'"),
+        ({"image": "gone.png", "conversations": turns("q", "a")}, "image .*gone.png does not exist"),
+        ({"image": 3, "conversations": turns("q", "a")}, "'image' is 3, expected a path or a list of paths"),
+        ({"image": ["a.png", None], "conversations": turns("q", "a")}, "'image' is .*, expected a path"),
+        (
+            {"image": ["a.png", "b.png"], "conversations": turns("q", "a")},
+            "2 images but 0 <image> placeholders",
+        ),
+        (
+            {"image": "a.png", "conversations": turns("<image><image>", "a")},
+            "1 images but 2 <image> placeholders",
+        ),
+        ({"conversations": turns("<image>", "a")}, "0 images but 1 <image> placeholders"),
+        ({"image": "a.png", "conversations": turns("q", "<image>")}, r"\[1\] has <image> outside a question"),
+        ({"conversations": turns("q")}, "must alternate human and gpt and end with gpt"),
+        ({"conversations": []}, "must alternate human and gpt and end with gpt"),
+        ({"conversations": turns("q", "a")[::-1]}, "must alternate human and gpt"),
+        ({"conversations": [*turns("q", "a"), {"from": "system", "value": "s"}]}, r"\[2\] is from 'system'"),
+        ({"conversations": [{"from": "bot", "value": "s"}]}, r"\[0\] is from 'bot', expected human or gpt"),
+        ({"conversations": [{"from": "human", "text": "s"}]}, r"conversations\[0\] has no text 'value'"),
+        ({"conversations": [{"from": "human", "value": 7}]}, r"conversations\[0\] has no text 'value'"),
+    ],
+)
+def test_line_mistakes_name_file_and_line(folder, line, message):
+    with pytest.raises(UserError, match=message) as caught:
+        annotations(folder, GOOD, "", line)
+    assert str(caught.value).startswith(f"{folder / 'data.jsonl'}:3: ")
+
+
+@pytest.mark.parametrize("content", [b"", b"\n  \n"])
+def test_file_without_lines_is_an_error(tmp_path, content):
+    (tmp_path / "data.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match="data.jsonl is empty"):
+        JsonlAnnotations(tmp_path / "data.jsonl", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", [f"{json.dumps(GOOD)}\n".encode("utf-16"), b'{"conversations": "\xff"}\n']
+)
+def test_bytes_that_are_not_utf8_name_the_line(tmp_path, content):
+    (tmp_path / "data.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match="data.jsonl:1: malformed JSON"):
+        JsonlAnnotations(tmp_path / "data.jsonl", tmp_path)
+
+
+def test_utf8_with_byte_order_mark_and_windows_line_ends_is_read(tmp_path):
+    line = json.dumps({"conversations": turns("é", "a")}, ensure_ascii=False)
+    (tmp_path / "data.jsonl").write_bytes(f"{line}\r\n{line}\r\n".encode("utf-8-sig"))
+    found = JsonlAnnotations(tmp_path / "data.jsonl", tmp_path)
+    assert [record.turns for record in found] == [[("é", "a")]] * 2
+
+
+def test_blank_lines_are_skipped_and_counted(folder):
+    found = annotations(folder, "", GOOD, "   ", "", {"id": "x", **GOOD})
+    assert len(found) == 2
+    assert [found[i].where.rsplit(":", 1)[1] for i in (0, 1)] == ["2", "5"]
+    assert [found[i].id for i in (0, 1)] == [2, "x"]
+
+
+class Questions(JsonlAnnotations):
+    def __getitem__(self, index):
+        return super().__getitem__(index).turns[0][0]
+
+
+def test_workers_and_pickled_copies_read_the_same(folder):
+    annotations(folder, *({"conversations": turns(f"q{n}", "a")} for n in range(5)))
+    found = Questions(folder / "data.jsonl", folder)
+    expected = [found[index] for index in range(5)]
+    copy = pickle.loads(pickle.dumps(found))
+    assert expected == [f"q{n}" for n in range(5)] == [copy[index] for index in range(5)]
+    assert [text for batch in DataLoader(found, batch_size=2, num_workers=2) for text in batch] == expected

@@ -1,0 +1,127 @@
+"""Samples of a conversation dataset."""
+
+import json
+
+import pytest
+import torch
+from mmengine.logging import MMLogger
+from PIL import Image
+
+from xtuner_ext.data.dataset import ConversationDataset
+from xtuner_ext.errors import UserError
+from xtuner_ext.modeling.processing import HybridVLProcessor
+
+
+@pytest.fixture
+def processor(digits_processor):
+    return HybridVLProcessor(digits_processor.tokenizer, image_size=64, tokens_per_tile=16, max_tiles=6)
+
+
+@pytest.fixture
+def build(tmp_path, processor):
+    Image.new("RGB", (192, 128), "red").save(tmp_path / "wide.png")
+    Image.new("RGB", (64, 64), "blue").save(tmp_path / "square.png")
+
+    def build(lines, fields=(), **kwargs):
+        (tmp_path / "d.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+        (tmp_path / "d.json").write_text(json.dumps({"d": {"annotation": "d.jsonl", **dict(fields)}}))
+        return ConversationDataset(tmp_path / "d.json", processor, "internlm2_chat", **kwargs)
+
+    return build
+
+
+def line(question, answer="yes", image=None):
+    conversations = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return {"conversations": conversations, **({"image": image} if image else {})}
+
+
+def trained(sample, tokenizer):
+    return tokenizer.decode(sample["input_ids"][sample["labels"] != -100])
+
+
+def test_sample_holds_the_rendered_conversation_and_the_tiles(build, processor, tmp_path):
+    sample = build([line("What?", "red", "wide.png")])[0]
+    tokenizer = processor.tokenizer
+    image = "<img>" + "<IMG_CONTEXT>" * 16 * 7 + "</img>"
+    assert tokenizer.decode(sample["input_ids"]) == (
+        f"<s><|im_start|>user\n{image}\nWhat?<|im_end|>\n<|im_start|>assistant\nred<|im_end|>"
+    )
+    assert trained(sample, tokenizer) == "red<|im_end|>"
+    with Image.open(tmp_path / "wide.png") as picture:
+        torch.testing.assert_close(sample["pixel_values"], processor.tiles(picture))
+
+
+def test_text_sample_has_no_tiles(build):
+    assert build([line("What?")])[0]["pixel_values"].shape == (0, 3, 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("limit", "images", "tiles"),
+    [(None, 1, 6 + 1), (None, 2, 2 * (2 + 1)), (None, 7, 7), (12, 2, 2 * (6 + 1)), (1, 1, 1)],
+)
+def test_tile_limit_is_shared_by_the_images(build, processor, limit, images, tiles):
+    fields = {} if limit is None else {"max_dynamic_patch": limit}
+    sample = build([line("<image>" * images, image=["wide.png"] * images)], fields)[0]
+    assert sample["pixel_values"].shape[0] == tiles
+    context = processor.tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
+    assert (sample["input_ids"] == context).sum() == 16 * tiles
+
+
+def test_images_keep_the_order_of_their_placeholders(build, processor):
+    sample = build([line("<image> and <image>", image=["square.png", "wide.png"])], {"max_dynamic_patch": 2})[
+        0
+    ]
+    blue, red = sample["pixel_values"][0], sample["pixel_values"][1]
+    assert blue[2].mean() > blue[0].mean() and red[0].mean() > red[2].mean()
+
+
+@pytest.mark.parametrize(("repeat_time", "count"), [(1, 8), (3, 24), (0.5, 4), (2.25, 18)])
+def test_repeat_time_gives_exact_counts(build, repeat_time, count):
+    dataset = build([line(f"q{n}") for n in range(8)], {"repeat_time": repeat_time})
+    assert len(dataset) == count
+    chosen = [dataset.record(index).turns[0][0] for index in range(count)]
+    assert all(int(repeat_time) <= chosen.count(f"q{n}") <= int(repeat_time) + 1 for n in range(8))
+
+
+def test_fractional_repeat_time_is_chosen_by_the_seed(build):
+    def chosen(seed):
+        dataset = build([line(f"q{n}") for n in range(40)], {"repeat_time": 0.5}, seed=seed)
+        return [dataset.record(index).id for index in range(len(dataset))]
+
+    assert chosen(0) == chosen(0) != chosen(1)
+    assert chosen(0) != list(range(1, 21))
+
+
+def test_repeat_time_that_keeps_nothing_is_an_error(build):
+    with pytest.raises(UserError, match="d.json gives no sample, its repeat_time is too small"):
+        build([line("q")], {"repeat_time": 0.1})
+
+
+def test_too_long_sample_is_replaced_by_the_next_and_named_in_the_log(build, processor, caplog, monkeypatch):
+    logger = MMLogger.get_current_instance()
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])
+    dataset = build([line("What? " * 50), line("ok", "fits")], max_length=40)
+    assert trained(dataset[0], processor.tokenizer) == "fits<|im_end|>"
+    assert "d.jsonl:1: " in caplog.text and "more than max_length=40: skipped" in caplog.text
+
+
+def test_dataset_of_too_long_samples_is_an_error(build):
+    with pytest.raises(UserError, match="every sample is longer than max_length=10 tokens"):
+        build([line("What? " * 50)], max_length=10)[0]
+
+
+def test_unreadable_image_names_line_and_file(build, tmp_path):
+    (tmp_path / "text.png").write_text("no image")
+    whole = (tmp_path / "wide.png").read_bytes()
+    (tmp_path / "torn.png").write_bytes(whole[: len(whole) // 2])
+    dataset = build([line("a", image="text.png"), line("b", image="torn.png")])
+    for index, name in enumerate(("text.png", "torn.png")):
+        with pytest.raises(UserError, match=f"d.jsonl:{index + 1}: .*{name} is not a readable image"):
+            dataset[index]
+
+
+def test_image_that_vanished_is_named(build, tmp_path):
+    dataset = build([line("a", image="square.png")])
+    (tmp_path / "square.png").unlink()
+    with pytest.raises(UserError, match="d.jsonl:1: image .*square.png does not exist"):
+        dataset[0]

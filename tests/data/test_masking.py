@@ -1,0 +1,100 @@
+"""Which tokens are trained."""
+
+import copy
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from xtuner_ext.data.masking import IGNORE_INDEX, encode_conversation
+from xtuner_ext.data.templates import TEMPLATES, get_template
+from xtuner_ext.evaluation.runner import render
+
+PHI3 = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+TURNS = [
+    ("Is there a 7?", "yes"),
+    ("Say <|im_start|>assistant or <|assistant|>", "top left"),
+    ("What is 9 plus 8?", "17"),
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(digits_processor):
+    """The digits' own, which also knows the marks of phi3-chat."""
+    tokenizer = copy.deepcopy(digits_processor.tokenizer)
+    tokenizer.add_tokens(PHI3, special_tokens=True)
+    return tokenizer
+
+
+def trained_spans(labels):
+    """Runs of trained tokens."""
+    spans, open_span = [], None
+    for label in labels.tolist():
+        if label == IGNORE_INDEX:
+            open_span = None
+            continue
+        if open_span is None:
+            open_span = []
+            spans.append(open_span)
+        open_span.append(label)
+    return spans
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_answers_and_their_ends_are_trained_and_nothing_else(tokenizer, name, count):
+    template = get_template(name)
+    ids, labels = encode_conversation(tokenizer, template, TURNS[:count])
+    assert torch.equal(ids[labels != IGNORE_INDEX], labels[labels != IGNORE_INDEX])
+    spans = [tokenizer.decode(span) for span in trained_spans(labels)]
+    assert spans == [answer + template.suffix for _, answer in TURNS[:count]]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_whole_conversation_is_written_once_with_one_leading_token(tokenizer, name):
+    template = get_template(name)
+    ids, labels = encode_conversation(tokenizer, template, TURNS, system="Be brief.")
+    text = render(template, [*TURNS[:-1], (TURNS[-1][0], None)], "Be brief.") + TURNS[-1][1] + template.suffix
+    assert tokenizer.decode(ids) == "<s>" + text
+    assert ids.tolist().count(tokenizer.bos_token_id) == 1 and labels[0] == IGNORE_INDEX
+
+
+def small_bpe(text, post_processor=None, **special):
+    tokenizer = Tokenizer(models.BPE())
+    # No split at word borders, so that a merge may cross from the prompt into the answer.
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<s>", "</s>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([text] * 10, trainer)
+    if post_processor is not None:
+        marks = [("<s>", 0), ("</s>", 1)]
+        tokenizer.post_processor = processors.TemplateProcessing(single=post_processor, special_tokens=marks)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special)
+
+
+def test_answer_that_would_merge_with_the_prompt_is_trained_exactly():
+    tokenizer = small_bpe("\nyes")
+    assert len(tokenizer("\nyes").input_ids) == 1
+    template = get_template("internlm2-chat")
+    ids, labels = encode_conversation(tokenizer, template, [("Q", "yes"), ("R", "no")])
+    assert [tokenizer.decode(span) for span in trained_spans(labels)] == ["yes<|im_end|>", "no<|im_end|>"]
+    # Generation starts from the prompt's own tokens, and so does what was trained.
+    prompt = tokenizer(template.prompt("Q")).input_ids
+    assert ids[: len(prompt)].tolist() == prompt
+
+
+@pytest.mark.parametrize(
+    ("post_processor", "lead"), [(None, []), ("<s> $A", [0]), ("<s> $A </s>", [0]), ("$A </s>", [])]
+)
+def test_leading_tokens_are_the_tokenizers_own(post_processor, lead):
+    tokenizer = small_bpe("yes", post_processor, bos_token="<s>", eos_token="</s>")
+    ids, labels = encode_conversation(tokenizer, get_template("internlm2_chat"), [("Q", "A")])
+    start = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    assert ids[: ids.tolist().index(start)].tolist() == lead
+    assert tokenizer.decode(trained_spans(labels)[0]) == "A<|im_end|>"

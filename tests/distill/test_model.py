@@ -1,0 +1,218 @@
+"""What trains in which stage, on what, and with which targets."""
+
+import json
+
+import pytest
+import torch
+from accelerate import init_empty_weights
+
+from tests.reference.hovle import hovle_config, hovle_logits, random_hovle_checkpoint
+from xtuner_ext.convert import load_teacher
+from xtuner_ext.distill import DistillModel
+from xtuner_ext.errors import UserError
+
+IMPROVED = dict(
+    mixer=dict(qk_norm="l2", gate_bias=True), seeding=dict(A_log=0.0, dt_spacing="log", gate="open")
+)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hovle")
+    config = hovle_config()
+    return folder, config, random_hovle_checkpoint(folder, config, seed=3)
+
+
+@pytest.fixture(scope="module")
+def full_size(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hovle_full")
+    (folder / "config.json").write_text(json.dumps(hovle_config(full=True)))
+    return folder
+
+
+def build(folder, stage, **options):
+    return DistillModel(llm=dict(type=load_teacher, pretrained_model_name_or_path=str(folder)), stage=stage, **options)
+
+
+def batch(config, rows=2, length=24):
+    generator = torch.Generator().manual_seed(0)
+    image = config["embedding_config"]["img_context_token_id"]
+    ids = torch.randint(3, image, (rows, length), generator=generator)
+    ids[:, 2:6] = image
+    labels = ids.clone()
+    labels[:, :15] = -100
+    mask = torch.ones_like(ids)
+    if rows > 1:
+        mask[1, -4:] = 0
+    labels[mask == 0] = -100
+    pixels = torch.randn(rows, 3, 16, 16, generator=generator)
+    return dict(input_ids=ids, labels=labels, attention_mask=mask, pixel_values=pixels)
+
+
+def trainable(model):
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    "stage, options, count",
+    [
+        (1, {}, 135_664_640),
+        (2, {}, 404_100_096),
+        # The paper's 404,099,072 and 303,074,304 leave out dt_bias and A_log, 16 numbers each a layer.
+        (3, {}, 404_099_072 + 32 * 32),
+        (3, {"attention_layers": [0, 4, 8, 12, 16, 20, 24, 28]}, 303_074_304 + 24 * 32),
+    ],
+    ids=["stage1", "stage2", "stage3-linear", "stage3-hybrid"],
+)
+def test_trainable_counts_at_full_size(full_size, stage, options, count):
+    with init_empty_weights():
+        assert trainable(build(full_size, stage, **options)) == count
+
+
+def test_stage_one_feeds_every_layer_the_teachers_own_hidden_states(teacher):
+    folder, config, state = teacher
+    model = build(folder, 1)
+    data = batch(config, rows=1)
+    _, layer_inputs, head_outputs = hovle_logits(
+        state, config, data["input_ids"], data["pixel_values"], return_hidden=True
+    )
+    seen, targets = [], []
+    for layer in model.llm.model.layers:
+        layer.input_layernorm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        attend = layer.mixer.attention.head_outputs
+        layer.mixer.attention.head_outputs = lambda *a, attend=attend, **k: targets.append(attend(*a, **k)) or targets[-1]
+    model.compute_loss(**data)
+    assert len(seen) == len(layer_inputs)
+    for ours, theirs in zip(seen, layer_inputs):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+    for ours, theirs in zip(targets, head_outputs):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_layers_alignment_reaches_no_other_layer(teacher, stage):
+    folder, config, _ = teacher
+    model = build(folder, stage)
+    captured = []
+    mamba = model.llm.model.layers[1].mixer.mamba
+    mamba.register_forward_hook(lambda *_: None)
+    heads = mamba.head_outputs
+    mamba.head_outputs = lambda *a, **k: captured.append(heads(*a, **k)) or captured[-1]
+    model.compute_loss(**batch(config))
+    captured[0].square().mean().backward()
+    touched = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert touched and all(name.startswith("llm.model.layers.1.mixer.mamba.") for name in touched)
+
+
+@pytest.mark.parametrize("stage, projections", [(1, False), (2, True), (3, True)])
+def test_frozen_weights_get_no_gradient(teacher, stage, projections):
+    folder, config, _ = teacher
+    model = build(folder, stage)
+    model.compute_loss(**batch(config))["loss"].backward()
+    touched = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert touched == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert any(".q_proj." in name for name in touched) == projections
+    assert not any(part in name for name in touched for part in ("o_proj", "mlp", "norm.weight", "embed")
+                   if "g_norm" not in name)
+
+
+def test_a_teacher_stays_the_teacher_while_its_student_trains(teacher):
+    folder, config, state = teacher
+    model = build(folder, 2)
+    data = batch(config, rows=1)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model.compute_loss(**data)["loss"].backward()
+        optimizer.step()
+    model._activate("full_attention")
+    logits = model.llm(data["input_ids"], pixel_values=data["pixel_values"]).logits
+    assert torch.allclose(logits, hovle_logits(state, config, data["input_ids"], data["pixel_values"]), atol=1e-4)
+
+
+def test_loading_a_stage_two_checkpoint_leaves_the_teacher_alone(teacher, tmp_path):
+    folder, config, state = teacher
+    first = build(folder, 2)
+    with torch.no_grad():
+        for p in first.parameters():
+            if p.requires_grad:
+                p.add_(0.1)
+    torch.save({"state_dict": first.state_dict(), "meta": {"distill": first.describe()}}, tmp_path / "two.pth")
+    again = build(folder, 3, pretrained_pth=str(tmp_path / "two.pth"))
+    for index, layer in enumerate(again.llm.model.layers):
+        assert torch.equal(layer.mixer.mamba.q_proj.weight, first.llm.model.layers[index].mixer.mamba.q_proj.weight)
+    data = batch(config, rows=1)
+    again._activate("full_attention")
+    logits = again.llm(data["input_ids"], pixel_values=data["pixel_values"]).logits
+    assert torch.allclose(logits, hovle_logits(state, config, data["input_ids"], data["pixel_values"]), atol=1e-4)
+
+
+def test_stage_three_with_one_copy_equals_stage_three_with_a_separate_teacher(teacher):
+    folder, config, _ = teacher
+    data = batch(config)
+    shared, separate = (build(folder, 3, attention_layers=[0], trainable=scope, **IMPROVED) for scope in ("mixers", "all"))
+    assert separate.teacher is not None and shared.teacher is None
+    assert torch.isclose(shared.compute_loss(**data)["loss"], separate.compute_loss(**data)["loss"])
+
+
+def test_tokens_decide_which_positions_are_matched(teacher):
+    folder, config, _ = teacher
+    data = batch(config)
+    answer, everything = (build(folder, 3, divergence=dict(tokens=word)) for word in ("answer", "all"))
+    rows = answer._rows(data["input_ids"], data["labels"], data["attention_mask"])
+    assert rows.sum() == (data["labels"][:, 1:] != -100).sum()
+    assert everything._rows(data["input_ids"], data["labels"], data["attention_mask"]).sum() == data["attention_mask"].sum()
+
+
+def test_padding_changes_no_loss(teacher):
+    folder, config, _ = teacher
+    data = batch(config)
+    data["attention_mask"][0, -4:] = 0
+    data["labels"][0, -4:] = -100
+    cut = {key: value[:, :-4] if key != "pixel_values" else value for key, value in data.items()}
+    for stage in (1, 3):
+        model = build(folder, stage)
+        assert torch.isclose(model.compute_loss(**data)["loss"], model.compute_loss(**cut)["loss"], rtol=1e-5)
+
+
+def test_the_log_gets_every_layer_and_the_image_text_split(teacher):
+    folder, config, _ = teacher
+    losses = build(folder, 1).compute_loss(**batch(config))
+    layers = config["embedding_config"]["num_hidden_layers"] + config["llm_config"]["num_hidden_layers"]
+    assert [f"align/layer_{i:02d}" in losses for i in range(layers)] == [True] * layers
+    assert {"align/image", "align/text"} <= set(losses)
+
+
+def test_checkpoints_hold_what_trains_and_decay_in_fp32(teacher):
+    folder, _, _ = teacher
+    model = DistillModel(
+        llm=dict(type=load_teacher, pretrained_model_name_or_path=str(folder), dtype="bfloat16"), stage=1
+    )
+    state = model.state_dict()
+    assert set(state) == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert all(tensor.dtype == torch.float32 for key, tensor in state.items() if key.endswith(("A_log", "dt_bias")))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(stage=4), "model.stage is 4"),
+        (dict(stage=3, attention_layers=[99]), "attention layer 99 is out of range"),
+        (dict(stage=3, attention_layers=[-1]), "attention layer -1 is out of range"),
+        (dict(stage=3, layer_types=["linear_attention", "mamba", "linear_attention", "linear_attention"]), "'mamba'"),
+        (dict(stage=3, layer_types=["linear_attention"]), "names 1 layers, the model has 4"),
+        (dict(stage=1, attention_layers=[0]), "belongs to stage 3"),
+        (dict(stage=1, trainable="all"), "model.trainable"),
+        (dict(stage=1, mixer=dict(kernel=2)), "unknown mixer key 'kernel'"),
+        (dict(stage=1, seeding=dict(dt=2)), "unknown seeding key 'dt'"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_contradicting_settings_are_named(teacher, options, message):
+    with pytest.raises(UserError, match=message):
+        build(teacher[0], **options)
+
+
+def test_a_teacher_folder_without_config_is_named(tmp_path):
+    with pytest.raises(UserError, match="has no config.json"):
+        build(tmp_path, 1)

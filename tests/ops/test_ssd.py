@@ -1,0 +1,307 @@
+"""The chunked scan against the token-by-token recurrence."""
+
+import importlib.util
+import sys
+
+import pytest
+import torch
+
+from tests.reference.ssd import naive_ssd
+from xtuner_ext.ops.ssd import ssd, ssd_step
+
+Q = 8
+LENGTHS = (1, Q - 1, Q, Q + 1, 3 * Q + 5)
+CUDA_PACKAGES = ("mamba_ssm", "causal_conv1d", "flash_attn", "fla", "triton")
+
+
+def make_inputs(length, batch=2, heads=4, groups=4, width=3, state=5, seed=0):
+    """Random arguments of ssd by name, leaves that take gradients."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    values = {
+        "x": normal(batch, length, heads, width),
+        "dt": normal(batch, length, heads),
+        "A": -normal(heads).exp(),
+        "B": normal(batch, length, groups, state),
+        "C": normal(batch, length, groups, state),
+        "dt_bias": normal(heads),
+        "initial_state": normal(batch, heads, width, state),
+    }
+    return {name: value.requires_grad_() for name, value in values.items()}
+
+
+def run(operation, arguments, **options):
+    """Outputs by name, and the gradient of a random weighting of them for every argument."""
+    y, state = operation(**arguments, **options)
+    generator = torch.Generator().manual_seed(1)
+    loss = 0
+    for value in (y, state):
+        loss = loss + (value.double().cpu() * torch.randn(value.shape, generator=generator)).sum()
+    names = [name for name, value in arguments.items() if isinstance(value, torch.Tensor)]
+    gradients = torch.autograd.grad(loss, [arguments[name] for name in names])
+    return {"y": y, "state": state, **{f"gradient of {n}": g for n, g in zip(names, gradients)}}
+
+
+def chunked(**arguments):
+    return ssd(**arguments, return_final_state=True)
+
+
+def truth(**arguments):
+    return naive_ssd(**arguments, dtype=torch.float64)
+
+
+def assert_same(ours, theirs, tolerance=1e-4):
+    """Compare by name; the tolerance is relative to the largest value."""
+    for name, expected in theirs.items():
+        value, expected = ours[name].detach().double().cpu(), expected.detach().double().cpu()
+        assert value.shape == expected.shape, name
+        error = ((value - expected).abs().max() / expected.abs().max().clamp(min=1)).item()
+        assert error < tolerance, f"{name} is off by {error:.2g} of its largest value"
+
+
+@pytest.mark.parametrize("chunk_size", [1, Q, 64], ids="chunk{}".format)
+@pytest.mark.parametrize("length", LENGTHS, ids="length{}".format)
+def test_equals_the_recurrence_with_every_gradient(length, chunk_size):
+    arguments = make_inputs(length)
+    assert_same(run(chunked, arguments, chunk_size=chunk_size), run(truth, arguments))
+
+
+@pytest.mark.parametrize("missing", ["dt_bias", "initial_state"])
+def test_optional_arguments_may_be_absent(missing):
+    arguments = make_inputs(Q + 3)
+    del arguments[missing]
+    assert_same(run(chunked, arguments, chunk_size=Q), run(truth, arguments))
+
+
+@pytest.mark.parametrize("groups", [1, 2], ids="groups{}".format)
+def test_heads_share_the_B_and_C_of_their_group(groups):
+    arguments = make_inputs(2 * Q + 1, groups=groups)
+    assert_same(run(chunked, arguments, chunk_size=Q), run(truth, arguments))
+
+
+def test_B_and_C_may_differ_in_groups():
+    arguments = make_inputs(Q + 3)
+    arguments["B"] = arguments["B"][:, :, :2]
+    whole = {**arguments, "B": arguments["B"].repeat_interleave(2, dim=2)}
+    assert_same(dict(y=chunked(**arguments, chunk_size=Q)[0]), dict(y=truth(**whole)[0]))
+
+
+SEGMENTS = {
+    "inside a chunk": [5, 2 * Q - 5],
+    "at the chunk border": [Q, Q],
+    "around the chunk border": [Q - 1, 2, Q - 1],
+    "several in one chunk": [1, 2, 1, 1, 3, Q, 1],
+    "longer than chunks": [2 * Q + 3, 1, Q + 2],
+}
+
+
+@pytest.mark.parametrize("lengths", SEGMENTS.values(), ids=SEGMENTS.keys())
+def test_packed_equals_separate(lengths):
+    arguments = make_inputs(sum(lengths), batch=1)
+    del arguments["initial_state"]
+    ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
+    packed, last = chunked(**arguments, chunk_size=Q, segment_ids=ids)
+    parts = zip(*(arguments[name].split(lengths, dim=1) for name in ("x", "dt", "B", "C")))
+    for index, (x, dt, B, C) in enumerate(parts):
+        y, state = chunked(x=x, dt=dt, A=arguments["A"], B=B, C=C, dt_bias=arguments["dt_bias"], chunk_size=Q)
+        assert_same({"y": packed.split(lengths, dim=1)[index]}, {"y": y})
+    assert_same({"state": last}, {"state": state})
+
+
+@pytest.mark.parametrize("lengths", SEGMENTS.values(), ids=SEGMENTS.keys())
+def test_packed_equals_the_recurrence_with_every_gradient(lengths):
+    """Rows have different borders, and the initial state belongs to the first segment only."""
+    arguments = make_inputs(sum(lengths))
+    names = torch.arange(len(lengths))
+    ids = torch.stack([names.repeat_interleave(torch.tensor(order)) for order in (lengths, lengths[::-1])])
+    ours = run(chunked, arguments, chunk_size=Q, segment_ids=ids)
+    assert_same(ours, run(truth, arguments, segment_ids=ids))
+
+
+def test_an_id_that_comes_back_starts_a_new_segment():
+    arguments = make_inputs(2 * Q, batch=1)
+    ids = torch.tensor([[0, 0, 1, 0, 0, 0, 1, 1, 0, 1, 0, 0, 0, 0, 0, 2]])
+    ours = run(chunked, arguments, chunk_size=Q, segment_ids=ids)
+    assert_same(ours, run(truth, arguments, segment_ids=ids))
+
+
+@pytest.mark.parametrize("cut", [1, Q - 1, Q, 2 * Q + 3], ids="cut{}".format)
+def test_split_equals_whole_when_the_state_is_handed_on(cut):
+    arguments = make_inputs(3 * Q)
+    whole, end = chunked(**arguments, chunk_size=Q)
+    state, outputs = arguments.pop("initial_state"), []
+    sequences = {name: arguments.pop(name) for name in ("x", "dt", "B", "C")}
+    for part in (slice(None, cut), slice(cut, None)):
+        piece = {name: value[:, part] for name, value in sequences.items()}
+        y, state = chunked(**piece, **arguments, initial_state=state, chunk_size=Q)
+        outputs.append(y)
+    assert_same({"y": torch.cat(outputs, 1), "state": state}, {"y": whole, "state": end})
+
+
+def test_steps_equal_the_scan():
+    arguments = make_inputs(Q + 3, groups=2)
+    whole, end = chunked(**arguments, chunk_size=Q)
+    x, dt, B, C = (arguments[name] for name in ("x", "dt", "B", "C"))
+    state, outputs = arguments["initial_state"], []
+    for t in range(x.shape[1]):
+        y, state = ssd_step(
+            x[:, t], dt[:, t], arguments["A"], B[:, t], C[:, t], dt_bias=arguments["dt_bias"], state=state
+        )
+        outputs.append(y)
+    assert_same({"y": torch.stack(outputs, 1), "state": state}, {"y": whole, "state": end})
+    assert state.dtype == torch.float32
+
+
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+def test_minus_infinity_in_dt_skips_a_token(side):
+    """Skipped tokens change neither the state nor any gradient, in the scan and in the step."""
+    arguments = make_inputs(Q + 2)
+    bare, end = chunked(**arguments, chunk_size=Q)
+    left, right = {"left": (Q + 1, 0), "right": (0, Q + 1), "both": (3, Q)}[side]
+    padded = dict(arguments)
+    for name, fill in (("x", 7.0), ("B", 7.0), ("C", 7.0), ("dt", -torch.inf)):
+        value = arguments[name]
+        around = [torch.full((len(value), n, *value.shape[2:]), fill) for n in (left, right)]
+        padded[name] = torch.cat([around[0], value, around[1]], dim=1)
+    y, state = chunked(**padded, chunk_size=Q)
+    assert_same({"y": y[:, left : left + Q + 2], "state": state}, {"y": bare, "state": end})
+    ours = torch.autograd.grad(state.sum(), list(arguments.values()), allow_unused=True, retain_graph=True)
+    theirs = torch.autograd.grad(end.sum(), list(arguments.values()), allow_unused=True)
+    for name, value, expected in zip(arguments, ours, theirs):
+        if expected is not None:
+            assert_same({f"gradient of {name}": value}, {f"gradient of {name}": expected})
+    skip = torch.full_like(arguments["dt"][:, 0], -torch.inf)
+    x, A, B, C = (arguments[name] for name in ("x", "A", "B", "C"))
+    _, after = ssd_step(x[:, 0], skip, A, B[:, 0], C[:, 0], dt_bias=arguments["dt_bias"], state=state)
+    assert torch.equal(after, state)
+
+
+def test_only_skipped_tokens_return_the_initial_state_and_finite_gradients():
+    arguments = make_inputs(Q + 1)
+    arguments["dt"] = torch.full_like(arguments["dt"], -torch.inf).requires_grad_()
+    result = run(chunked, arguments, chunk_size=Q)
+    assert torch.equal(result["state"], arguments["initial_state"])
+    for name, value in result.items():
+        assert value.isfinite().all(), name
+
+
+def test_bf16_stays_close_to_fp32():
+    arguments = make_inputs(3 * Q + 5, width=16, state=16)
+    exact = run(truth, arguments)
+    half = {
+        name: value.detach().bfloat16().requires_grad_() if name in ("x", "dt", "B", "C") else value
+        for name, value in arguments.items()
+    }
+    result = run(chunked, half, chunk_size=Q)
+    assert result["y"].dtype == torch.bfloat16 and result["state"].dtype == torch.float32
+    for name, expected in exact.items():
+        error = (result[name].double() - expected).norm() / expected.norm()
+        assert error < 0.02, f"{name} is off by {error:.2g}"
+
+
+@pytest.mark.parametrize("size", [1e2, 1e4, 1e8], ids="dt{:g}".format)
+def test_huge_time_steps_stay_finite(size):
+    """exp(delta * A) underflows to zero; nothing may overflow on the way, also not backwards."""
+    arguments = make_inputs(2 * Q + 3)
+    arguments["dt"] = (arguments["dt"].detach() * size).requires_grad_()
+    result = run(chunked, arguments, chunk_size=Q)
+    for name, value in result.items():
+        assert value.isfinite().all(), name
+    assert_same({"y": result["y"]}, {"y": truth(**arguments)[0]}, tolerance=1e-2)
+
+
+def test_final_state_is_returned_only_on_request():
+    arguments = make_inputs(Q)
+    assert torch.equal(ssd(**arguments), ssd(**arguments, return_final_state=True)[0])
+
+
+BAD_SHAPES = {
+    "x of three axes": ("x", (2, 4, 6), "x has shape (2, 4, 6), expected (B, L, H, P)"),
+    "short dt": ("dt", (2, 3, 4), "dt has shape (2, 3, 4), expected (2, 4, 4)"),
+    "A of other heads": ("A", (3,), "A has shape (3,), expected (4,)"),
+    "dt_bias of other heads": ("dt_bias", (1, 3), "dt_bias has shape (1, 3), expected (4,)"),
+    "B without groups": ("B", (2, 4, 5), "B has shape (2, 4, 5), expected (2, 4, G, N)"),
+    "groups that do not divide": ("C", (2, 4, 3, 5), "with G dividing 4 heads"),
+    "C of other state width": ("C", (2, 4, 4, 6), "C has 6 state channels, B has 5"),
+    "state of one row": ("initial_state", (1, 4, 3, 5), "initial_state has shape (1, 4, 3, 5), expected (2,"),
+    "segments of one row": ("segment_ids", (1, 4), "segment_ids has shape (1, 4), expected (2, 4)"),
+}
+
+
+@pytest.mark.parametrize("name, shape, message", BAD_SHAPES.values(), ids=BAD_SHAPES.keys())
+def test_shapes_that_do_not_fit_are_named(name, shape, message):
+    with pytest.raises(ValueError) as error:
+        ssd(**{**make_inputs(4), name: torch.zeros(shape)})
+    assert message in str(error.value)
+
+
+def test_unknown_backend_names_the_known_ones():
+    with pytest.raises(ValueError, match="unknown ssd backend 'cuda', expected one of auto, torch, "):
+        ssd(**make_inputs(4), backend="cuda")
+
+
+def test_a_named_backend_does_not_ignore_what_it_cannot_do():
+    with pytest.raises(ValueError, match="'fla' takes packed rows as cu_seqlens"):
+        ssd(**make_inputs(4), segment_ids=torch.zeros(2, 4, dtype=torch.long), backend="fla")
+
+
+def test_cpu_needs_no_cuda_package(monkeypatch):
+    for name in CUDA_PACKAGES:
+        monkeypatch.setitem(sys.modules, name, None)
+    arguments = make_inputs(Q + 1)
+    assert torch.equal(ssd(**arguments), ssd(**arguments, backend="torch"))
+
+
+def _missing(package):
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    return "" if importlib.util.find_spec(package) else f"{package} is not installed"
+
+
+def _backend(name, package):
+    reason = _missing(package)
+    marks = [pytest.mark.gpu, pytest.mark.skipif(bool(reason), reason=reason)]
+    return pytest.param(name, marks=marks, id=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("backend", [_backend("triton", "mamba_ssm"), _backend("fla", "fla")])
+def test_kernels_equal_the_recurrence_with_every_gradient(backend, dtype):
+    arguments = make_inputs(150, width=64, state=64)
+    exact = run(truth, {name: value.detach().cuda().requires_grad_() for name, value in arguments.items()})
+    moved = {
+        name: value.detach().cuda().to(dtype if name in ("x", "B", "C") else torch.float32).requires_grad_()
+        for name, value in arguments.items()
+    }
+    result = run(chunked, moved, backend=backend)
+    for name, expected in exact.items():
+        error = (result[name].double() - expected).norm() / expected.norm()
+        assert error < 0.02, f"{name} is off by {error:.2g}"
+
+
+@pytest.mark.parametrize("backend", [_backend("triton", "mamba_ssm")])
+def test_kernels_keep_packed_rows_apart(backend):
+    lengths = [70, 1, 64, 15]
+    arguments = {
+        name: value.detach().cuda() for name, value in make_inputs(150, batch=1, width=64, state=64).items()
+    }
+    del arguments["initial_state"]
+    ids = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))[None].cuda()
+    y = ssd(**arguments, segment_ids=ids, backend=backend)
+    expected, _ = truth(**arguments, segment_ids=ids)
+    assert (y.double() - expected).norm() / expected.norm() < 0.02
+
+
+@pytest.mark.parametrize("backend", [_backend("triton", "mamba_ssm"), _backend("fla", "fla")])
+def test_kernels_skip_tokens_with_minus_infinity_in_dt(backend):
+    arguments = {name: value.detach().cuda() for name, value in make_inputs(150, width=64, state=64).items()}
+    arguments["dt"][:, ::3] = -torch.inf
+    arguments["dt"].requires_grad_()
+    y, state = chunked(**arguments, backend=backend)
+    exact, end = truth(**arguments)
+    for value, expected in ((y, exact), (state, end)):
+        assert (value.double() - expected).norm() / expected.norm() < 0.02
+    assert torch.autograd.grad(state.sum(), arguments["dt"])[0].isfinite().all()

@@ -1,0 +1,199 @@
+"""xtuner-ext pipeline FOLDER: every stage of a project, from data to scores, taken up where it stopped.
+
+A project folder holds ``stage1.py``, ``stage2.py`` and one ``stage3_NAME.py`` per student. Each step leaves
+a folder of its own under ``work_dirs`` and is skipped when that is complete.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from ..errors import UserError
+from . import configs_dir
+from .config_options import load_config
+
+CACHE_LENGTHS = ("1024", "65536")
+
+
+def parse_args(argv):
+    """Parse the verb's options."""
+    parser = argparse.ArgumentParser(
+        prog="xtuner-ext pipeline",
+        description="Run stages 1 to 3 of a project, convert every student and score it beside its teacher.",
+        epilog="example: xtuner-ext pipeline projects/mmmamba/digits --nproc 1",
+    )
+    parser.add_argument("project", help="folder with stage1.py, stage2.py and stage3_*.py")
+    parser.add_argument("--nproc", type=int, default=1, help="training processes")
+    parser.add_argument("--work-dir", help="folder for everything (default: the one the configs name)")
+    parser.add_argument("--deepspeed", help="passed to every stage")
+    parser.add_argument(
+        "--cfg-options", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="passed to every stage"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv):
+    """Run the verb.
+
+    Args:
+        argv (list[str]): Arguments after the verb.
+
+    Returns:
+        int: Exit status of the first step that failed, or 0.
+    """
+    args = parse_args(argv)
+    if args.nproc < 1:
+        raise UserError(f"--nproc is {args.nproc}, expected at least 1")
+    stages = find_stages(args.project)
+    configs = {stage: load_config(str(path), args.cfg_options) for stage, path in stages.items()}
+    base = Path(args.work_dir or Path(configs["stage1"].work_dir).parent)
+    for stage, path in stages.items():
+        if finished(base / stage, configs[stage].train_cfg.max_iters):
+            say(f"{stage}: done before")
+            continue
+        say(f"{stage}: {path}")
+        status = train(path, base / stage, args)
+        if status:
+            say(f"{stage} ended with status {status}")
+            return status
+    students = {stage.removeprefix("stage3_"): stage for stage in stages if stage.startswith("stage3_")}
+    for name, stage in students.items():
+        convert(configs[stage], base / stage, base / f"export_{name}")
+    first = configs[next(iter(students.values()))]
+    metrics = score(first, base, students)
+    path = base / "metrics.json"
+    from ..compat import replace_file
+
+    replace_file(str(path), json.dumps(metrics, indent=2).encode())
+    print_table(metrics)
+    say(f"written to {path}")
+    return 0
+
+
+def find_stages(project):
+    """Find a project's stage configs.
+
+    Args:
+        project (str): Folder, relative to here or to the repository, or below ``projects``.
+
+    Returns:
+        dict[str, Path]: Stage name to config, in order of training.
+
+    Raises:
+        UserError: When the folder or a stage is missing.
+    """
+    candidates = (Path(project), configs_dir().parent / project, configs_dir() / project)
+    folder = next((path.resolve() for path in candidates if path.is_dir()), None)
+    if folder is None:
+        raise UserError(f"project folder {project} does not exist")
+    stages = {path.stem: path for path in (folder / "stage1.py", folder / "stage2.py")}
+    stages.update({path.stem: path for path in sorted(folder.glob("stage3_*.py"), reverse=True)})
+    for path in stages.values():
+        if not path.is_file():
+            raise UserError(f"project folder {folder} has no {path.name}")
+    if len(stages) == 2:
+        raise UserError(f"project folder {folder} has no stage3_*.py, expected one per student")
+    return stages
+
+
+def finished(work_dir, max_iters):
+    """bool: Whether a stage's last checkpoint is that of its last iteration."""
+    pointer = work_dir / "last_checkpoint"
+    if not pointer.is_file():
+        return False
+    name = Path(pointer.read_text().strip()).name
+    return name == f"iter_{max_iters}.pth" and (work_dir / name).exists()
+
+
+def train(config, work_dir, args):
+    """Run one stage in processes of its own.
+
+    Args:
+        config (Path): The stage's config.
+        work_dir (Path): Its folder.
+        args (argparse.Namespace): ``nproc``, ``deepspeed`` and ``cfg_options``.
+
+    Returns:
+        int: Exit status.
+    """
+    command = ["-m", "xtuner_ext.cli", "train", str(config), "--work-dir", str(work_dir), "--resume", "auto"]
+    if args.deepspeed:
+        command += ["--deepspeed", args.deepspeed]
+    if args.cfg_options:
+        command += ["--cfg-options", *args.cfg_options]
+    environment = {**os.environ, "NPROC_PER_NODE": str(args.nproc)}
+    if args.nproc > 1:
+        environment.setdefault("OMP_NUM_THREADS", "1")
+    return subprocess.call([sys.executable, *command], env=environment)
+
+
+def convert(config, work_dir, out):
+    """Write a stage's last checkpoint as a model folder, unless that was done from the same checkpoint."""
+    from .convert import pth_to_hf
+
+    checkpoint = (work_dir / "last_checkpoint").read_text().strip()
+    stamp = out / "source.json"
+    source = {"checkpoint": checkpoint, "modified": os.stat(checkpoint).st_mtime_ns}
+    if stamp.is_file() and json.loads(stamp.read_text()) == source:
+        say(f"{out}: done before")
+        return
+    say(f"{checkpoint} -> {out}")
+    pth_to_hf(config, checkpoint, str(out))
+    stamp.write_text(json.dumps(source))
+
+
+def score(config, base, students):
+    """Score the teacher and every student, unless that was done with the same weights.
+
+    Args:
+        config (Config): Of one stage; names teacher, questions and template.
+        base (Path): Folder with ``export_NAME``; scores go to ``scores_NAME``.
+        students (dict[str, str]): Student name to stage.
+
+    Returns:
+        dict: ``teacher`` and each student with ``accuracy``, ``parameters`` and ``cache_bytes``; students
+        also with ``kept``, their share of the teacher's accuracy.
+    """
+    from .eval import evaluate_folder
+
+    models = {"teacher": config.model.llm["pretrained_model_name_or_path"]}
+    models.update({name: str(base / f"export_{name}") for name in students})
+    metrics = {}
+    for name, model in models.items():
+        out = base / f"scores_{name}"
+        source = Path(model) / "source.json"
+        newer = source.is_file() and (out / "metrics.json").is_file() and (
+            source.stat().st_mtime_ns > (out / "metrics.json").stat().st_mtime_ns
+        )
+        if (out / "metrics.json").is_file() and not newer:
+            found = json.loads((out / "metrics.json").read_text())
+        else:
+            found = evaluate_folder(model, config.eval_data, str(out), prompt_template=config.template)
+        metrics[name] = {key: found[key] for key in ("accuracy", "count", "by_category", "parameters", "cache_bytes")}
+    for name in students:
+        metrics[name]["kept"] = metrics[name]["accuracy"] / max(metrics["teacher"]["accuracy"], 1e-9)
+    return metrics
+
+
+def print_table(metrics):
+    """Print one row per model."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{metrics['teacher']['count']} held-out questions")
+    for column in ("model", "accuracy", "kept", "parameters", "cache at 1K", "cache at 64K"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for name, row in metrics.items():
+        cache = (f"{row['cache_bytes'][length] / 1024:,.0f} KiB" for length in CACHE_LENGTHS)
+        kept = f"{row['kept']:.1%}" if "kept" in row else ""
+        table.add_row(name, f"{row['accuracy']:.1%}", kept, f"{row['parameters']:,}", *cache)
+    Console(width=100).print(table)
+
+
+def say(text):
+    """Tell the user which step runs."""
+    sys.stderr.write(f"pipeline: {text}\n")
+    sys.stderr.flush()
