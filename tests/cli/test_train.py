@@ -174,7 +174,7 @@ def test_only_the_first_process_prepares_the_data(toy, monkeypatch):
     config = load_config("toy.py", ["prepare_data.size=5"])
     monkeypatch.setattr(train, "PREPARE_TIMEOUT", 0.1)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(UserError, match="meta.json did not appear"):
+    with pytest.raises(UserError, match="prepared did not appear"):
         train.prepare_data(config)
     monkeypatch.setenv("LOCAL_RANK", "0")
     train.prepare_data(config)

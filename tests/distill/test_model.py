@@ -205,6 +205,8 @@ def test_checkpoints_hold_what_trains_and_decay_in_fp32(teacher):
         (dict(stage=1, trainable="all"), "model.trainable"),
         (dict(stage=1, mixer=dict(kernel=2)), "unknown mixer key 'kernel'"),
         (dict(stage=1, seeding=dict(dt=2)), "unknown seeding key 'dt'"),
+        (dict(stage=1, alignment=dict(weight=2)), "unknown key model.alignment.weight"),
+        (dict(stage=3, divergence=dict(tokens="some")), "model.divergence.tokens is 'some'"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -188,7 +188,7 @@ def test_placeholders_must_match_images(processor, text, counts, message):
 
 def test_batch_is_left_padded_and_tiles_follow_reading_order(processor):
     images = [colour("white", (32, 16)), colour("black", (16, 16)), colour("white", (16, 16))]
-    processor.max_tiles = 2
+    processor.max_tiles = 4
     batch = processor(["what <image> and <image>", "this <image>", "is"], images=images)
     assert batch["input_ids"].shape == batch["attention_mask"].shape
     slots = (batch["input_ids"] == SPECIAL.index("<IMG_CONTEXT>")).sum(1).tolist()

@@ -24,6 +24,14 @@ TRAINABLE = {
     "qkv": ("q_proj.", "k_proj.", "v_proj."),
 }
 SCOPES = ("new", "mixers", "all")
+# Options of the losses with their defaults, and the words that some of them take.
+ALIGNMENT = {"scale": 1000.0, "normalise": False}
+DIVERGENCE = {"direction": "forward", "temperature": 1.0, "tokens": "answer", "reduction": "mean", "chunk_rows": 1024}
+WORDS = {
+    "direction": ("forward", "reverse", "js"),
+    "tokens": ("answer", "all"),
+    "reduction": ("mean", "batchmean"),
+}
 
 
 class DistillModel(HybridModel):
@@ -75,11 +83,8 @@ class DistillModel(HybridModel):
         self.trainable = trainable or ("new" if stage == 1 else "mixers")
         if self.trainable not in SCOPES or (self.trainable == "all" and stage != 3):
             raise UserError(f"model.trainable is {trainable!r}, expected one of {SCOPES}, 'all' only in stage 3")
-        self.alignment = {"scale": 1000.0, "normalise": False, **(alignment or {})}
-        self.divergence = {
-            **{"direction": "forward", "temperature": 1.0, "tokens": "answer", "reduction": "mean", "chunk_rows": 1024},
-            **(divergence or {}),
-        }
+        self.alignment = _options("alignment", ALIGNMENT, alignment)
+        self.divergence = _options("divergence", DIVERGENCE, divergence)
         self.student_config = self._student_config(mixer, attention_layers, layer_types)
         # Where the student changes what both would share, the teacher needs a copy of its own.
         self.teacher = BUILDER.build(llm) if self.trainable == "all" else None
@@ -254,6 +259,16 @@ class DistillModel(HybridModel):
         for module in self.modules():
             if isinstance(module, PairedMixer):
                 module.active = word
+
+
+def _options(name, defaults, given):
+    options = {**defaults, **(given or {})}
+    if unknown := sorted(set(options) - set(defaults)):
+        raise UserError(f"unknown key model.{name}.{unknown[0]}, expected one of {', '.join(defaults)}")
+    for key, words in WORDS.items():
+        if key in options and options[key] not in words:
+            raise UserError(f"model.{name}.{key} is {options[key]!r}, expected one of {', '.join(words)}")
+    return options
 
 
 def _keep_decay_in_fp32(mixer):
