@@ -39,7 +39,7 @@ def digits(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def digits_processor(digits):
-    """Processor of the digits' tokenizer: tiles of 64 pixels, 16 tokens each, one an image."""
+    """Processor of the digits' tokenizer: tiles of 32 pixels, 4 tokens each, one an image."""
     from xtuner_ext.convert.processor import digits_processor
 
     return digits_processor(str(digits / "tokenizer"))

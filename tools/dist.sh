@@ -42,7 +42,8 @@ nnodes="${NNODES:-1}"
 if [[ "$file" == pipeline ]]; then
     exec "$python" "$tools/pipeline.py" "$config" --nproc "$gpus" "$@"
 fi
-if ((gpus == 1 && nnodes == 1)); then
+# DeepSpeed wants a process group even for one process.
+if ((gpus == 1 && nnodes == 1)) && [[ " $* " != *" --deepspeed"* ]]; then
     exec "$python" "$tools/$file.py" "$config" "$@"
 fi
 

@@ -176,7 +176,9 @@ def _torchrun_arguments(arguments):
     processes = int(os.environ.get("NPROC_PER_NODE", 1))
     pairs = list(zip(arguments, arguments[1:], strict=False))
     slurm = ("--launcher", "slurm") in pairs or "--launcher=slurm" in arguments
-    if slurm or "LOCAL_RANK" in os.environ or (nodes == 1 and processes == 1):
+    # DeepSpeed wants a process group even for one process.
+    alone = nodes == 1 and processes == 1 and not any(word.startswith("--deepspeed") for word in arguments)
+    if slurm or "LOCAL_RANK" in os.environ or alone:
         return None
     port = os.environ.get("PORT")
     if port is None:

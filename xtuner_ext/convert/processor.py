@@ -5,7 +5,7 @@ from transformers import AutoTokenizer
 from ..modeling.processing import HybridVLProcessor
 
 
-def digits_processor(tokenizer, image_size=64, tokens_per_tile=16):
+def digits_processor(tokenizer, image_size=32, tokens_per_tile=4):
     """The digits teacher's processor.
 
     Args:

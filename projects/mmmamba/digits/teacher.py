@@ -34,12 +34,12 @@ sizes = dict(
     intermediate_size=256,
     heads=4,  # H, of 24 channels
     kv_heads=2,  # G
-    embedding_layers=2,
-    llm_layers=6,
+    embedding_layers=1,
+    llm_layers=3,
 )
-max_iters = 8000  # iterations
+max_iters = 5000  # iterations
 warmup_iters = 200  # iterations
-decay_begin = 3000  # iteration at which the learning rate starts to fall
+decay_begin = 2000  # iteration at which the learning rate starts to fall
 batch_size = 32  # samples a process
 lr = 1.5e-3  # peak
 weight_decay = 0.05

@@ -101,8 +101,8 @@ def test_pictures_of_a_split_are_drawn_from_its_own_digits(tmp_path, monkeypatch
 def test_picture_shows_each_digit_in_its_cell():
     lit = [np.full((1, 8, 8), 16.0), np.zeros((1, 8, 8))]
     canvas = source.compose([lit[0], lit[1], lit[1], lit[0]], np.random.default_rng(0)).astype(float)
-    cells = [canvas[y : y + 32, x : x + 32].mean() for y in (0, 32) for x in (0, 32)]
-    assert canvas.shape == (64, 64) and min(cells[0], cells[3]) > 80 and max(cells[1], cells[2]) < 10
+    cells = [canvas[y : y + 16, x : x + 16].mean() for y in (0, 16) for x in (0, 16)]
+    assert canvas.shape == (32, 32) and min(cells[0], cells[3]) > 80 and max(cells[1], cells[2]) < 10
 
 
 def files(folder):
@@ -129,7 +129,7 @@ def test_files_and_counts(tmp_path):
     assert 0 < len(text) < 20 and all(item["category"] == "text" for item in text)
     assert all(len(item["conversations"]) == 6 for item in train if "image" in item)
     with Image.open(tmp_path / "out" / test[0]["image"]) as picture:
-        assert picture.size == (64, 64) and picture.mode == "L"
+        assert picture.size == (32, 32) and picture.mode == "L"
 
 
 def test_meta_loads_as_training_samples(digits, digits_processor):
@@ -146,7 +146,7 @@ def test_failure_midway_leaves_nothing(tmp_path, monkeypatch):
         calls.append(pools)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return np.zeros((64, 64), np.uint8)
+        return np.zeros((32, 32), np.uint8)
 
     monkeypatch.setattr(source, "compose", fail)
     with pytest.raises(KeyboardInterrupt):

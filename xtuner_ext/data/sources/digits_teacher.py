@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ..annotation import JsonlAnnotations, read_meta
 from ..templates import get_template
-from .digits import make_digits
+from .digits import IMAGE_SIZE, make_digits
 
 # Order gives the ids: pad 0, bos 1 and eos 2 as InternLM2 has them.
 SPECIAL_TOKENS = [
@@ -112,7 +112,7 @@ def teacher_config(tokenizer, hidden_size, intermediate_size, heads, kv_heads, e
         "architectures": ["InternVLChatModel"],
         "model_type": "internvl_chat",
         "template": "internlm2_chat",
-        "force_image_size": 64,
+        "force_image_size": IMAGE_SIZE,
         "downsample_ratio": 0.5,
         "dynamic_image_size": True,
         "use_thumbnail": True,
@@ -124,7 +124,7 @@ def teacher_config(tokenizer, hidden_size, intermediate_size, heads, kv_heads, e
             "model_type": "holistic_embedding",
             "num_hidden_layers": embedding_layers,
             "patch_size": 8,
-            "image_size": 64,
+            "image_size": IMAGE_SIZE,
             "num_channels": 3,
             "downsample_ratio": 0.5,
             "pixel_shuffle_loc": "pre",
