@@ -15,6 +15,7 @@ from ..errors import UserError
 from ..modeling import Mamba2Mixer, PairedMixer, layer_types_from_attention
 from ..modeling.configuration import MixerConfig, check_layer_types
 from .base import HybridModel
+from .local_backward import local_backward
 from .losses import alignment_error, chunked_divergence
 from .stages import describe, load_previous_stage
 
@@ -203,17 +204,25 @@ class DistillModel(HybridModel):
         errors, measures, hidden = [], {}, embeds
         split = {"image": [], "text": []}
         for index, layer in enumerate(decoder.layers):
-            pair = layer.mixer
-            layer_inputs = layer.mixer_context(context)
+            pair, layer_inputs = layer.mixer, layer.mixer_context(context)
             with torch.no_grad():
                 normed = layer.input_layernorm(hidden)
                 target = pair.attention.head_outputs(normed, **layer_inputs)
-            prediction = pair.mamba.head_outputs(normed, **layer_inputs)
-            errors.append(alignment_error(prediction, target, mask, normalise))
-            measures[f"align/layer_{index:02d}"] = errors[-1].detach()
+
+            def align(pair=pair, normed=normed, target=target, layer_inputs=layer_inputs):
+                prediction = pair.mamba.head_outputs(normed, **layer_inputs)
+                error = alignment_error(prediction, target, mask, normalise)
+                prediction = prediction.detach()
+                parts = {"image": image, "text": real & ~image}
+                return error, {k: alignment_error(prediction, target, part, normalise) for k, part in parts.items()}
+
+            trained = [parameter for parameter in pair.mamba.parameters() if parameter.requires_grad]
+            error, by_kind = local_backward(align, trained)
+            errors.append(error)
+            measures[f"align/layer_{index:02d}"] = error.detach()
+            for kind, value in by_kind.items():
+                split[kind].append(value)
             with torch.no_grad():
-                split["image"].append(alignment_error(prediction, target, image, normalise))
-                split["text"].append(alignment_error(prediction, target, real & ~image, normalise))
                 hidden = hidden + pair.attention.o_proj(target.flatten(2))
                 hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
         for kind, values in split.items():
