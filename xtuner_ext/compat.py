@@ -340,7 +340,7 @@ def fill_onebit_optimizers(onebit):
     """
 
     def refuse(self, *args, **kwargs):
-        raise NotImplementedError(f"{type(self).__name__} is not part of the installed DeepSpeed")
+        raise RuntimeError(f"{type(self).__name__} is not part of the installed DeepSpeed")
 
     for name in ("OnebitAdam", "OnebitLamb", "ZeroOneAdam"):
         setattr(onebit, name, type(name, (), {"__init__": refuse, "__module__": onebit.__name__}))

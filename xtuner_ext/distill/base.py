@@ -1,5 +1,7 @@
 """What every MMEngine model of this package shares."""
 
+from abc import abstractmethod
+
 from mmengine.model import BaseModel
 from xtuner.registry import BUILDER
 
@@ -47,9 +49,9 @@ class HybridModel(BaseModel):
             return logits
         raise ValueError(f"unknown mode {mode!r}, expected loss, predict or tensor")
 
+    @abstractmethod
     def compute_loss(self, **data):
-        """Losses of one batch; keys containing ``loss`` are summed and back-propagated."""
-        raise NotImplementedError(type(self).__name__)
+        """dict[str, Tensor]: Losses of one batch; those whose key contains ``loss`` are back-propagated."""
 
     def state_dict(self, *args, **kwargs):
         """dict[str, Tensor]: Trainable parameters only."""
