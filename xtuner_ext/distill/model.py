@@ -268,6 +268,10 @@ class DistillModel(HybridModel):
         for module in self.modules():
             if isinstance(module, PairedMixer):
                 module.active = word
+        # Masks and caches are made for the mixers that run.
+        teacher = ["full_attention"] * len(self.student_config.layer_types)
+        student = list(self.student_config.layer_types)
+        self.llm.config.layer_types = teacher if word == "full_attention" else student
 
 
 def _options(name, defaults, given):

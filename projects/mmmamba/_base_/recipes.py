@@ -1,8 +1,8 @@
 """The two recipes, as values that stage configs pick from.
 
-``reference`` is mmMamba's (arXiv 2502.13145 and its code); ``improved`` starts the mixers as near-perfect
-memories with open gates, compares unit-length q and k, weighs layers alike, and lets everything train on
-the answers in stage 3.
+``reference`` is mmMamba's (arXiv 2502.13145 and its code); ``improved`` keeps the attention's rotary positions,
+compares unit-length q and k, starts the mixers as near-perfect memories with open gates, weighs layers
+alike, and lets everything train on the answers in stage 3.
 """
 
 reference_mixer = dict(conv_kernel=2, conv_activation="silu", qk_norm=None, gate=True, gate_bias=False)
@@ -10,7 +10,9 @@ reference_seeding = dict(A_log=1.0, dt_spacing="random", dt_min=1e-3, dt_max=1e-
 reference_alignment = dict(scale=1000.0, normalise=False)
 reference_divergence = dict(direction="forward", temperature=1.0, tokens="all", reduction="batchmean")
 
-improved_mixer = dict(conv_kernel=2, conv_activation="silu", qk_norm="l2", gate=True, gate_bias=True)
+improved_mixer = dict(
+    conv_kernel=2, conv_activation="silu", qk_norm="l2", use_rope=True, gate=True, gate_bias=True
+)
 improved_seeding = dict(A_log=0.0, dt_spacing="log", dt_min=1e-3, dt_max=1e-1, gate="open")
 improved_alignment = dict(scale=1.0, normalise=True)
 improved_divergence = dict(direction="forward", temperature=1.0, tokens="answer", reduction="mean")
