@@ -35,7 +35,7 @@ if [[ -z "${VIRTUAL_ENV:-}" && -x "$root/.venv/bin/python" ]]; then
 fi
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 
-if [[ "$file" == train && -n "${DEEPSPEED:-}" ]]; then
+if [[ "$file" != test && -n "${DEEPSPEED:-}" ]]; then
     set -- --deepspeed "$DEEPSPEED" "$@"
 fi
 nnodes="${NNODES:-1}"

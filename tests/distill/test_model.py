@@ -237,3 +237,13 @@ def test_contradicting_settings_are_named(teacher, options, message):
 def test_a_teacher_folder_without_config_is_named(tmp_path):
     with pytest.raises(UserError, match="has no config.json"):
         build(tmp_path, 1)
+
+
+def test_a_batch_of_text_alone_gives_every_trained_weight_a_gradient(teacher):
+    folder, config, _ = teacher
+    model = build(folder, 3, trainable="all", **IMPROVED).train()
+    data = batch(config)
+    data["input_ids"][:, 2:6] = 5
+    data["pixel_values"] = torch.zeros(0, 3, 16, 16)
+    model.compute_loss(**data)["loss"].backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []

@@ -37,7 +37,7 @@ def test_each_stage_takes_what_the_one_before_trained(folder, tmp_path):
 
 def test_a_later_stage_is_refused(folder, tmp_path):
     path = save(build(folder, 3), tmp_path / "three.pth")
-    with pytest.raises(UserError, match="comes from stage 3, stage 2 needs an earlier one"):
+    with pytest.raises(UserError, match="comes from stage 3, stage 2 starts from one of stage 1"):
         build(folder, 2, pretrained_pth=path)
 
 

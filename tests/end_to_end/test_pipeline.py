@@ -35,8 +35,15 @@ def test_repeating_the_pipeline_repeats_no_step(pipeline):
     command = ["bash", DIST, "pipeline", "projects/mmmamba/digits", 1, "--cfg-options", "train_cfg.max_iters=4", *SMALL]
     result = run(command, folder)
     assert result.returncode == 0
-    assert result.stderr.count("done before") == 6
+    assert result.stderr.count("done before") == 9
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.pth")} == before
+
+
+def test_a_pipeline_does_not_go_on_in_a_folder_made_with_other_options(pipeline):
+    folder, _ = pipeline
+    command = ["bash", DIST, "pipeline", "projects/mmmamba/digits", 1, "--cfg-options", "train_cfg.max_iters=5", *SMALL]
+    result = run(command, folder)
+    assert result.returncode == 2 and "choose another --work-dir" in result.stderr
 
 
 def test_a_stage_refuses_a_later_stages_checkpoint_by_name(pipeline):
@@ -47,6 +54,16 @@ def test_a_stage_refuses_a_later_stages_checkpoint_by_name(pipeline):
     result = run(command, folder)
     assert result.returncode == 2
     assert f"checkpoint {wrong} comes from stage 3" in result.stderr
+
+
+def test_a_run_does_not_go_on_from_another_configurations_checkpoint(pipeline):
+    folder, _ = pipeline
+    options = ["--cfg-options", "train_cfg.max_iters=8", "model.attention_layers=1,5", *SMALL]
+    work_dir = folder / "work_dirs" / "digits" / "stage3_hybrid"
+    command = [SCRIPTS / "xtuner-ext", "train", "mmmamba/digits/stage3_hybrid", "--work-dir", work_dir, *options]
+    result = run(command, folder)
+    assert result.returncode == 2 and "made with another layer_types" in result.stderr
+    assert not (work_dir / "iter_8.pth").exists()
 
 
 def test_stock_convert_and_chat_work_and_report_wrong_paths(pipeline):

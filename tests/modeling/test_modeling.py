@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from xtuner_ext.modeling import HybridCache, HybridVLForCausalLM
+from xtuner_ext.modeling import HybridCache, HybridVLConfig, HybridVLForCausalLM
 
 Q = 8
 IMAGE = 60
@@ -455,3 +455,18 @@ def test_bf16_model_keeps_decay_and_time_steps_exact(make_model, tmp_path):
     with torch.no_grad():
         exact, half = model(ids).logits, loaded.eval()(ids).logits.float()
     assert (half - exact).norm() / exact.norm() < 0.05
+
+
+def test_a_cast_to_bf16_leaves_frequencies_and_decays_in_fp32():
+    config = HybridVLConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, layer_types=["full_attention", "linear_attention"],
+    )
+    model = HybridVLForCausalLM(config)
+    frequencies = model.model.rotary_emb.inv_freq.clone()
+    for cast in (lambda: model.to(torch.bfloat16), model.bfloat16, lambda: model.to("cpu", torch.bfloat16)):
+        cast()
+        assert torch.equal(model.model.rotary_emb.inv_freq, frequencies)
+        mixer = model.model.layers[1].mixer
+        assert mixer.A_log.dtype == mixer.dt_bias.dtype == torch.float32
+        assert mixer.q_proj.weight.dtype == model.lm_head.weight.dtype == torch.bfloat16

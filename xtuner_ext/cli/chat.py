@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import re
 import sys
 from pathlib import Path
 
@@ -30,6 +31,7 @@ def parse_args(argv):
     parser.add_argument("--top-k", type=int, default=40)
     parser.add_argument("--top-p", type=float, default=0.75)
     parser.add_argument("--repetition-penalty", type=float, default=1.0)
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the folder's own tokenizer code")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
 
@@ -40,14 +42,15 @@ def belongs_to_stock(argv):
     stock_only |= {"--lagent", "--offload-folder", "--system-template"}
     if any(word.split("=", 1)[0] in stock_only for word in argv):
         return True
-    positional = next((word for word in argv if not word.startswith("-")), None)
-    if positional is None:
+    if {"-h", "--help"} & set(argv):
         return False
+    positional = parse_args(argv).model_name_or_path
     from ..convert.teacher import resolve_folder, teacher_family
 
     folder = resolve_folder(positional)
     if not folder.is_dir():
-        return False
+        # A name on a hub, which stock chat downloads; anything else is a path that does not exist.
+        return re.fullmatch(r"[\w.-]+/[\w.-]+", positional) is not None and not folder.parent.is_dir()
     try:
         teacher_family(folder)
     except UserError:
@@ -81,7 +84,9 @@ def main(argv):
     logging.getLogger("transformers").setLevel(logging.ERROR)
     torch.manual_seed(args.seed)
     images = [open_image(Path(path), "--image") for path in args.image]
-    model, processor = load_model(args.model_name_or_path, args.torch_dtype)
+    model, processor = load_model(
+        args.model_name_or_path, args.torch_dtype, trust_remote_code=args.trust_remote_code
+    )
     if images and model.config.vision is None:
         raise UserError(f"{args.model_name_or_path} has no image front end, --image can not be used")
     template = get_template(args.prompt_template or model.config.template)

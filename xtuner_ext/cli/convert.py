@@ -44,11 +44,11 @@ def main(argv):
 
     path = find_config(args.config)
     config = load_config(path, args.cfg_options)
-    from ..distill.base import HybridModel
+    from ..distill import DistillModel
 
     # Reading the item makes a lazy config import the class.
     model_type = config.model["type"]
-    if not (isinstance(model_type, type) and issubclass(model_type, HybridModel)):
+    if not (isinstance(model_type, type) and issubclass(model_type, DistillModel)):
         return run_stock("convert pth_to_hf", argv[1:])
     refuse_foreign_folder(args.save_dir)
     if not os.path.exists(args.pth_model):
@@ -73,27 +73,30 @@ def pth_to_hf(config, checkpoint, out, fp32=False, max_shard_size="2GB"):
     Raises:
         UserError: When the checkpoint does not fit the config, or the written folder fails its check.
     """
-    from accelerate import init_empty_weights
-    from accelerate.utils import set_module_tensor_to_device
+    import torch
     from xtuner.registry import BUILDER
 
     from ..distill.stages import read_checkpoint
 
     state, found = read_checkpoint(checkpoint)
-    with init_empty_weights():
-        model = BUILDER.build(config.model)
+    # The checkpoint replaces what the stage before would give.
+    config.model.pretrained_pth = None
+    model = BUILDER.build(config.model)
     expected = model.state_dict()
     ours = model.describe()
     if found and found["stage"] != ours["stage"]:
         raise UserError(f"checkpoint {checkpoint} comes from stage {found['stage']}, the config is of stage {ours['stage']}")
-    if found and found["layer_types"] != ours["layer_types"]:
-        raise UserError(f"checkpoint {checkpoint} and the config keep attention in different layers")
+    for key in ("layer_types", "mixer", "teacher"):
+        if found and found[key] != ours[key]:
+            raise UserError(f"checkpoint {checkpoint} was trained with another {key}: {found[key]}, the config has {ours[key]}")
     missing, surplus = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
     if missing or surplus:
         what = f"misses {missing[0]}" if missing else f"has the unknown {surplus[0]}"
         raise UserError(f"checkpoint {checkpoint} {what}: another config made it")
-    for name, tensor in state.items():
-        set_module_tensor_to_device(model, name, "cpu", tensor)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for name, tensor in state.items():
+            parameters[name].copy_(tensor)
     model.to_hf(cfg=config, save_dir=out, fp32=fp32, save_pretrained_kwargs={"max_shard_size": max_shard_size})
 
 

@@ -27,6 +27,7 @@ def parse_args(argv):
     parser.add_argument("--max-new-tokens", type=int, default=32)
     parser.add_argument("--limit", type=int, help="only the first n questions")
     parser.add_argument("--torch-dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16"))
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the folder's own tokenizer code")
     parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
     return parser.parse_args(argv)
 
@@ -46,7 +47,7 @@ def main(argv):
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
     metrics = evaluate_folder(
         args.model, args.data, args.out, args.prompt_template, args.batch_size, args.max_new_tokens, args.limit,
-        args.torch_dtype,
+        args.torch_dtype, args.trust_remote_code,
     )
     if args.json:
         sys.stdout.write(json.dumps(metrics, indent=2) + "\n")
@@ -56,7 +57,8 @@ def main(argv):
 
 
 def evaluate_folder(
-    model, data, out, prompt_template=None, batch_size=64, max_new_tokens=32, limit=None, dtype="auto"
+    model, data, out, prompt_template=None, batch_size=64, max_new_tokens=32, limit=None, dtype="auto",
+    trust_remote_code=False,
 ):
     """Score one model folder and write rows and metrics.
 
@@ -69,6 +71,7 @@ def evaluate_folder(
         max_new_tokens (int): Longest answer in tokens.
         limit (int, optional): Only the first n questions.
         dtype (str): See :func:`load_model`.
+        trust_remote_code (bool): Run the folder's own tokenizer code.
 
     Returns:
         dict: Content of ``metrics.json``.
@@ -86,7 +89,7 @@ def evaluate_folder(
 
     _check_replaceable(Path(out))
     questions = read_questions(data, limit)
-    network, processor = load_model(model, dtype)
+    network, processor = load_model(model, dtype, trust_remote_code=trust_remote_code)
     with_image = next((question["where"] for question in questions if question["images"]), None)
     if with_image and network.config.vision is None:
         raise UserError(f"{model} has no image front end, but {with_image} asks about an image")

@@ -10,13 +10,14 @@ from ..modeling import HybridVLForCausalLM
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def load_model(folder, dtype="auto", device=None):
+def load_model(folder, dtype="auto", device=None, trust_remote_code=False):
     """Load an exported student or a teacher of a known family.
 
     Args:
         folder (str): Model folder, or the name of a shipped model.
         dtype (str): ``auto`` (fp32 on a CPU, the folder's own on a GPU), ``fp32``, ``bf16`` or ``fp16``.
         device (str, optional): ``cpu`` or ``cuda``; a GPU when there is one.
+        trust_remote_code (bool): Run the folder's own tokenizer code.
 
     Returns:
         tuple[HybridVLForCausalLM, HybridVLProcessor]: Ready to generate.
@@ -38,7 +39,7 @@ def load_model(folder, dtype="auto", device=None):
             raise UserError(f"{path} does not load: {str(error).splitlines()[0]}") from error
     else:
         model = load_teacher(path, torch_dtype)
-    return model.to(device).eval(), load_processor(path)
+    return model.to(device).eval(), load_processor(path, trust_remote_code=trust_remote_code)
 
 
 def count_parameters(model):

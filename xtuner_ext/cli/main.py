@@ -191,7 +191,7 @@ def _torchrun_arguments(arguments):
         f"--nnodes={nodes}",
         f"--node_rank={os.environ.get('NODE_RANK', 0)}",
         f"--nproc_per_node={processes}",
-        f"--master_addr={os.environ.get('ADDR', '127.0.0.1')}",
+        f"--master_addr={os.environ.get('MASTER_ADDR') or os.environ.get('ADDR', '127.0.0.1')}",
         f"--master_port={port}",
     ]
 

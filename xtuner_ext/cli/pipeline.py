@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from ..data.annotation import read_meta
 from ..errors import UserError
 from . import configs_dir
 from .config_options import load_config
@@ -49,7 +50,13 @@ def main(argv):
         raise UserError(f"--nproc is {args.nproc}, expected at least 1")
     stages = find_stages(args.project)
     configs = {stage: load_config(str(path), args.cfg_options) for stage, path in stages.items()}
+    if int(os.environ.get("NNODES", 1)) > 1:
+        raise UserError("the pipeline runs on one machine: train the stages one by one with NNODES set")
+    if configs["stage1"].get("prepare_data") is None:
+        # Days of training should not end at a missing file.
+        read_meta(configs["stage1"].eval_data)
     base = Path(args.work_dir or Path(configs["stage1"].work_dir).parent)
+    remember_options(base / "pipeline.json", args)
     for stage, path in stages.items():
         if finished(base / stage, configs[stage].train_cfg.max_iters):
             say(f"{stage}: done before")
@@ -71,6 +78,30 @@ def main(argv):
     print_table(metrics)
     say(f"written to {path}")
     return 0
+
+
+def remember_options(path, args):
+    """Note what a folder is made with, and refuse to go on in it with anything else.
+
+    Args:
+        path (Path): Where the note lies.
+        args (argparse.Namespace): ``project`` and ``cfg_options``.
+
+    Raises:
+        UserError: When an earlier run's finished stages came from other options.
+    """
+    options = {"project": Path(args.project).name, "cfg_options": sorted(args.cfg_options)}
+    if path.is_file():
+        found = json.loads(path.read_text())
+        if found != options:
+            raise UserError(
+                f"{path.parent} holds a pipeline of {json.dumps(found)}, this one is {json.dumps(options)}: "
+                f"choose another --work-dir or remove that folder"
+            )
+        return
+    from ..compat import replace_file
+
+    replace_file(path, json.dumps(options).encode())
 
 
 def find_stages(project):
@@ -132,9 +163,10 @@ def train(config, work_dir, args):
 
 def convert(config, work_dir, out):
     """Write a stage's last checkpoint as a model folder, unless that was done from the same checkpoint."""
+    from ..distill.stages import find_previous_checkpoint
     from .convert import pth_to_hf
 
-    checkpoint = (work_dir / "last_checkpoint").read_text().strip()
+    checkpoint = find_previous_checkpoint(out, work_dir.name)
     stamp = out / "source.json"
     source = {"checkpoint": checkpoint, "modified": os.stat(checkpoint).st_mtime_ns}
     if stamp.is_file() and json.loads(stamp.read_text()) == source:
@@ -164,18 +196,38 @@ def score(config, base, students):
     metrics = {}
     for name, model in models.items():
         out = base / f"scores_{name}"
-        source = Path(model) / "source.json"
-        newer = source.is_file() and (out / "metrics.json").is_file() and (
-            source.stat().st_mtime_ns > (out / "metrics.json").stat().st_mtime_ns
-        )
-        if (out / "metrics.json").is_file() and not newer:
-            found = json.loads((out / "metrics.json").read_text())
+        found = earlier_scores(out / "metrics.json", model, config.eval_data)
+        if found is None:
+            trust = bool(config.train_dataloader.dataset.processor.get("trust_remote_code"))
+            found = evaluate_folder(
+                model, config.eval_data, str(out), prompt_template=config.template, trust_remote_code=trust
+            )
         else:
-            found = evaluate_folder(model, config.eval_data, str(out), prompt_template=config.template)
+            say(f"{out}: done before")
         metrics[name] = {key: found[key] for key in ("accuracy", "count", "by_category", "parameters", "cache_bytes")}
     for name in students:
         metrics[name]["kept"] = metrics[name]["accuracy"] / max(metrics["teacher"]["accuracy"], 1e-9)
     return metrics
+
+
+def earlier_scores(path, model, data):
+    """Scores of an earlier run, when they are of the same model folder, not written since, and the same data.
+
+    Args:
+        path (Path): ``metrics.json``.
+        model (str): Model folder.
+        data (str): Meta JSON of the questions.
+
+    Returns:
+        dict | None: Its content.
+    """
+    if not path.is_file():
+        return None
+    found = json.loads(path.read_text())
+    source = Path(model) / "source.json"
+    if source.is_file() and source.stat().st_mtime_ns > path.stat().st_mtime_ns:
+        return None
+    return found if (found["model"], found["data"]) == (model, data) else None
 
 
 def print_table(metrics):

@@ -56,6 +56,11 @@ def main(argv):
     work_dir = args.work_dir or config.get("work_dir") or os.path.join("./work_dirs", Path(config_path).stem)
     if args.deepspeed:
         _check_deepspeed(args.deepspeed)
+        if config.get("optim_wrapper", {}).get("paramwise_cfg"):
+            raise UserError(
+                "--deepspeed would drop optim_wrapper.paramwise_cfg, as XTuner rebuilds the optimizer; "
+                "train without it, or set --cfg-options optim_wrapper.paramwise_cfg=None"
+            )
     # XTuner sets the folder itself and does not know our key.
     config.work_dir = work_dir
     previous = previous_checkpoint(config)

@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from accelerate import init_empty_weights
 from transformers import GenerationConfig
 from transformers.utils import logging
 
@@ -31,10 +32,15 @@ AUTO_MAP = {
     "AutoModelForImageTextToText": "modeling.HybridVLForCausalLM",
     "AutoProcessor": "processing.HybridVLProcessor",
 }
+# Shares of the largest logit: the same weights in another class, and the same weights read back.
+ASSEMBLY_TOLERANCE = 1e-4
 PARITY_TOLERANCE = 1e-5
 
 
-def export_student(config, trained, teacher, out, dtype=torch.bfloat16, max_shard_size="5GB", recipe=None):
+def export_student(
+    config, trained, teacher, out, dtype=torch.bfloat16, max_shard_size="5GB", recipe=None,
+    trained_model=None, trust_remote_code=False,
+):
     """Assemble a student from its trained weights and its teacher, write it, and check what was written.
 
     Args:
@@ -45,44 +51,46 @@ def export_student(config, trained, teacher, out, dtype=torch.bfloat16, max_shar
         dtype (torch.dtype): Of the stored weights; decay rates and time-step biases stay fp32.
         max_shard_size (str): Largest weight file.
         recipe (dict, optional): Named in the model card.
+        trained_model (HybridVLForCausalLM, optional): The model as it was trained, in fp32; the assembled
+            student must give its logits.
+        trust_remote_code (bool): Run the teacher folder's own tokenizer code.
 
     Raises:
-        UserError: When a weight is missing, or the written model does not give the same logits.
+        UserError: When a weight is missing, or the trained, the assembled and the written model do not give
+            the same logits.
     """
     source = load_teacher(teacher)
-    student = HybridVLForCausalLM(config)
+    with init_empty_weights():
+        student = HybridVLForCausalLM(config)
     state = _assemble(student, source.state_dict(), trained)
     load_exactly(student, state, "the assembled student")
     del source, state
-    _cast(student, dtype)
     student.eval()
-    processor = load_processor(teacher)
+    if trained_model is not None:
+        _check_parity("the assembled student", logits_difference(student.float(), trained_model), ASSEMBLY_TOLERANCE, out)
+    _cast(student, dtype)
+    processor = load_processor(teacher, trust_remote_code=trust_remote_code)
     with whole_folder(out) as folder:
         _write_model(student, folder, max_shard_size)
         _write_processor(processor, config, folder)
         _write_generation_config(student, processor, config, folder)
         (folder / "README.md").write_text(_model_card(config, teacher, dtype, recipe), encoding="utf-8")
-        difference = logits_difference(student, folder)
-        if not difference <= PARITY_TOLERANCE:
-            raise UserError(
-                f"export to {out} failed its check: the written model's logits differ by {difference:.3g} from the "
-                f"trained one's, at most {PARITY_TOLERANCE:g} is allowed"
-            )
+        logging.disable_progress_bar()
+        written = HybridVLForCausalLM.from_pretrained(folder, dtype="auto").eval()
+        _check_parity("the written model", logits_difference(student, written), PARITY_TOLERANCE, out)
 
 
 @torch.no_grad()
-def logits_difference(model, folder):
-    """Largest difference between a model's logits and those of the folder written from it.
+def logits_difference(model, other):
+    """Largest difference between two models' logits, relative to the largest logit.
 
     Args:
-        model (HybridVLForCausalLM): What was written.
-        folder (str | Path): The written folder.
+        model (HybridVLForCausalLM): One model.
+        other (HybridVLForCausalLM): A model of the same shape.
 
     Returns:
         float: Over one text row and, with an image front end, one tile.
     """
-    logging.disable_progress_bar()
-    written = HybridVLForCausalLM.from_pretrained(folder, dtype="auto").eval()
     config = model.config
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, config.vocab_size, (1, 48), generator=generator)
@@ -93,8 +101,16 @@ def logits_difference(model, folder):
         ids = torch.cat([ids[:, :16], torch.full((1, count), config.image_token_id), ids[:, 16:]], dim=1)
         size = config.vision["image_size"]
         pixels = torch.randn(1, config.vision.get("num_channels", 3), size, size, generator=generator)
-    ours, theirs = (m(ids, pixel_values=pixels, use_cache=False).logits.float() for m in (model, written))
-    return (ours - theirs).abs().max().item()
+    ours, theirs = (m(ids, pixel_values=pixels, use_cache=False).logits.float() for m in (model, other))
+    return ((ours - theirs).abs().max() / ours.abs().max()).item()
+
+
+def _check_parity(what, difference, tolerance, out):
+    if not difference <= tolerance:
+        raise UserError(
+            f"export to {out} failed its check: the logits of {what} are off by {difference:.3g} of the largest one, "
+            f"at most {tolerance:g} is allowed"
+        )
 
 
 def _assemble(student, frozen, trained):

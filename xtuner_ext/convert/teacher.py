@@ -84,7 +84,6 @@ def load_teacher(pretrained_model_name_or_path, dtype=None, attn_implementation=
         if family is not None:
             state = family.to_model(config, state)
         load_exactly(model, state, folder)
-        # Buffers without a checkpoint entry were built on the CPU already; nothing is left on meta.
         if dtype is not None:
             model = model.to(dtype)
     return model.eval()
@@ -116,12 +115,13 @@ def load_exactly(model, state, where):
         parameter.requires_grad_(True)
 
 
-def load_processor(pretrained_model_name_or_path, max_tiles=None):
+def load_processor(pretrained_model_name_or_path, max_tiles=None, trust_remote_code=False):
     """The processor of a teacher or exported folder.
 
     Args:
         pretrained_model_name_or_path (str): Local folder, or the name of a shipped model.
         max_tiles (int, optional): Overrides the folder's own limit.
+        trust_remote_code (bool): Run the folder's own tokenizer code, as InternLM2's tokenizer needs.
 
     Returns:
         HybridVLProcessor: With the folder's tokenizer.
@@ -131,7 +131,7 @@ def load_processor(pretrained_model_name_or_path, max_tiles=None):
     """
     folder = resolve_folder(pretrained_model_name_or_path)
     family, raw = teacher_family(folder), read_config_json(folder)
-    tokenizer = _load_tokenizer(folder)
+    tokenizer = _load_tokenizer(folder, trust_remote_code)
     if family is None:
         processor = HybridVLProcessor.from_pretrained(folder)
         processor.tokenizer = tokenizer
@@ -144,14 +144,15 @@ def load_processor(pretrained_model_name_or_path, max_tiles=None):
     return processor
 
 
-def _load_tokenizer(folder):
+def _load_tokenizer(folder, trust_remote_code):
     # AutoTokenizer warns of every config.json whose model type it does not know, which says nothing here.
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        return AutoTokenizer.from_pretrained(folder, padding_side="left")
+        return AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder} has no tokenizer that loads: {error}") from error
+        hint = "" if trust_remote_code else "; if it needs code of its own, allow that with trust_remote_code"
+        raise UserError(f"{folder} has no tokenizer that loads: {str(error).splitlines()[0]}{hint}") from error
     finally:
         logging.set_verbosity(verbosity)
 

@@ -17,7 +17,7 @@ from ..modeling.configuration import MixerConfig, check_layer_types
 from .base import HybridModel
 from .local_backward import local_backward
 from .losses import alignment_error, chunked_divergence
-from .stages import describe, load_previous_stage
+from .stages import describe, fingerprint, load_previous_stage
 
 TRAINABLE = {
     # What attention does not have.
@@ -86,6 +86,7 @@ class DistillModel(HybridModel):
             raise UserError(f"model.trainable is {trainable!r}, expected one of {SCOPES}, 'all' only in stage 3")
         self.alignment = _options("alignment", ALIGNMENT, alignment)
         self.divergence = _options("divergence", DIVERGENCE, divergence)
+        self.teacher_fingerprint = fingerprint(self.llm)
         self.student_config = self._student_config(mixer, attention_layers, layer_types)
         # Where the student changes what both would share, the teacher needs a copy of its own.
         self.teacher = BUILDER.build(llm) if self.trainable == "all" else None
@@ -142,6 +143,11 @@ class DistillModel(HybridModel):
         from ..convert.export import export_student
 
         kwargs = save_pretrained_kwargs or {}
+        processor = cfg.train_dataloader.dataset.processor
+        trained = None
+        if not self.llm.lm_head.weight.is_meta:
+            self._activate("linear_attention")
+            trained = self.llm.float().eval()
         export_student(
             self.student_config,
             self.student_state(),
@@ -150,6 +156,8 @@ class DistillModel(HybridModel):
             dtype=torch.float32 if fp32 else torch.bfloat16,
             max_shard_size=kwargs.get("max_shard_size", "5GB"),
             recipe=self.describe(),
+            trained_model=trained,
+            trust_remote_code=bool(processor.get("trust_remote_code")),
         )
 
     def _student_config(self, mixer, attention_layers, layer_types):
@@ -173,7 +181,6 @@ class DistillModel(HybridModel):
                 continue
             attention = layer.mixer
             mamba = Mamba2Mixer(self.student_config, index).to(attention.q_proj.weight.dtype)
-            _keep_decay_in_fp32(mamba)
             seed_mixer(mamba, attention, seeding, torch.Generator().manual_seed(seed * 10007 + index))
             if self.trainable != "all":
                 # Frozen on both sides: one copy serves teacher and student.
@@ -283,9 +290,3 @@ def _options(name, defaults, given):
             raise UserError(f"model.{name}.{key} is {options[key]!r}, expected one of {', '.join(words)}")
     return options
 
-
-def _keep_decay_in_fp32(mixer):
-    for name in ("A_log", "dt_bias", "D"):
-        if hasattr(mixer, name):
-            parameter = getattr(mixer, name)
-            parameter.data = parameter.data.float()

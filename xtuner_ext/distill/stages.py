@@ -1,5 +1,6 @@
 """Handing one stage's checkpoint to the next."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -25,8 +26,24 @@ def describe(model):
         "trainable": model.trainable,
         "layer_types": list(config.layer_types),
         "mixer": dict(config.mixer),
-        "teacher": teacher_shape(config),
+        "teacher": {**teacher_shape(config), "fingerprint": model.teacher_fingerprint},
     }
+
+
+def fingerprint(teacher):
+    """A few of a teacher's weights as text, the same in whatever dtype it was loaded.
+
+    Args:
+        teacher (HybridVLForCausalLM): Before any training.
+
+    Returns:
+        str | None: None for a model without values.
+    """
+    weight = teacher.lm_head.weight
+    if weight.is_meta:
+        return None
+    sample = weight.detach()[:: max(1, len(weight) // 64), :16].to(torch.bfloat16).cpu().contiguous()
+    return hashlib.sha256(sample.view(torch.int16).numpy().tobytes()).hexdigest()[:16]
 
 
 def teacher_shape(config):
@@ -106,8 +123,9 @@ def load_previous_stage(model, path):
     state, found = read_checkpoint(path)
     ours = model.describe()
     if found:
-        if found["stage"] >= ours["stage"] and ours["stage"] < 3:
-            raise UserError(f"checkpoint {path} comes from stage {found['stage']}, stage {ours['stage']} needs an earlier one")
+        if found["stage"] != ours["stage"] - 1:
+            expected = f"one of stage {ours['stage'] - 1}" if ours["stage"] > 1 else "none"
+            raise UserError(f"checkpoint {path} comes from stage {found['stage']}, stage {ours['stage']} starts from {expected}")
         for key in ("teacher", "mixer"):
             if found[key] != ours[key]:
                 different = {k: (found[key].get(k), v) for k, v in ours[key].items() if found[key].get(k) != v}

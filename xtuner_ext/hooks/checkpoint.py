@@ -7,6 +7,8 @@ from mmengine.fileio import put_text
 from mmengine.hooks import CheckpointHook
 from mmengine.model import is_model_wrapper
 
+from ..errors import UserError
+
 
 class SafeCheckpointHook(CheckpointHook):
     """MMEngine's hook with the order turned round: write, move the pointer, only then delete.
@@ -16,6 +18,18 @@ class SafeCheckpointHook(CheckpointHook):
     What the model says of itself (``describe()``) is kept as ``meta["distill"]``, where the next stage
     looks before it loads. Arguments are those of :class:`mmengine.hooks.CheckpointHook`.
     """
+
+    def after_load_checkpoint(self, runner, checkpoint):
+        """Refuse to go on from another configuration's checkpoint, which MMEngine would load in part."""
+        found = checkpoint.get("meta", {}).get("distill")
+        ours = describe(runner.model)
+        if found and ours:
+            different = [key for key in ours if found.get(key) != ours[key]]
+            if different:
+                raise UserError(
+                    f"the checkpoint in {runner.work_dir} was made with another {different[0]}: found "
+                    f"{found.get(different[0])}, expected {ours[different[0]]}; choose another --work-dir"
+                )
 
     def _save_checkpoint_with_step(self, runner, step, meta):
         name = self.filename_tmpl.format(step)
@@ -27,15 +41,13 @@ class SafeCheckpointHook(CheckpointHook):
             self.keep_ckpt_ids.append(step)
             runner.message_hub.update_info("keep_ckpt_ids", list(self.keep_ckpt_ids))
         runner.message_hub.update_info("last_ckpt", self.last_ckpt)
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        describe = getattr(model, "describe", dict)
         runner.save_checkpoint(
             self.out_dir,
             name,
             self.file_client_args,
             save_optimizer=self.save_optimizer,
             save_param_scheduler=self.save_param_scheduler,
-            meta={**meta, "distill": describe()},
+            meta={**meta, "distill": describe(runner.model)},
             by_epoch=self.by_epoch,
             backend_args=self.backend_args,
             **self.args,
@@ -50,3 +62,9 @@ class SafeCheckpointHook(CheckpointHook):
             elif self.file_backend.isdir(path):
                 # DeepSpeed's checkpoints are folders.
                 self.file_backend.rmtree(path)
+
+
+def describe(model):
+    """dict: What a model says of itself, empty for one that says nothing."""
+    model = model.module if is_model_wrapper(model) else model
+    return getattr(model, "describe", dict)()

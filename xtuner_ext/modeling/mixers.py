@@ -13,6 +13,10 @@ from ..ops.causal_conv import causal_conv, causal_conv_step
 from ..ops.ssd import ssd, ssd_step
 
 
+# Rounded to bf16 these would change decays by percents.
+FP32_PARAMETERS = ("A_log", "dt_bias", "D")
+
+
 class Attention(nn.Module):
     """Grouped-query softmax attention with rotary positions.
 
@@ -64,8 +68,8 @@ class Attention(nn.Module):
 class Mamba2Mixer(nn.Module):
     """Mamba-2 mixer whose C, B, x and output projections are an attention's q, k, v and o.
 
-    mmMamba (arXiv 2502.13145) section 3; the discretisation is the SSD one of Mamba-2. Rotary
-    positions are not used.
+    mmMamba (arXiv 2502.13145) section 3; the discretisation is the SSD one of Mamba-2. Decay
+    rates and time-step biases stay fp32 when the model is cast.
 
     Args:
         config (HybridVLConfig): Model configuration; ``config.mixer`` shapes this module.
@@ -140,11 +144,21 @@ class Mamba2Mixer(nn.Module):
         """Mix tokens: (B, L, D) to (B, L, D)."""
         return self.o_proj(self.head_outputs(hidden_states, **context).flatten(2))
 
+    def _apply(self, fn, recurse=True):
+        kept = {name: getattr(self, name).data for name in FP32_PARAMETERS if hasattr(self, name)}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            parameter = getattr(self, name)
+            if parameter.dtype != before.dtype and not before.is_meta:
+                parameter.data = before.to(parameter.device)
+        return self
+
     def _convolve(self, vkq, segment_ids, cache):
         activation = self.mixer.conv_activation
         if not self.mixer.conv_kernel:
             return F.silu(vkq) if activation else vkq
-        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        # Under mixed precision an fp32 weight would promote the whole scan.
+        weight, bias = self.conv1d.weight.squeeze(1).to(vkq.dtype), self.conv1d.bias.to(vkq.dtype)
         if cache is None:
             return causal_conv(vkq, weight, bias, activation=activation, segment_ids=segment_ids)
         state = cache.get_conv_state(self.layer_idx)

@@ -14,12 +14,24 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, Lla
 from ..ops.ssd import number_segments
 from .cache import HybridCache
 from .configuration import HybridVLConfig
-from .mixers import MIXERS, Mamba2Mixer
+from .mixers import FP32_PARAMETERS, MIXERS, Mamba2Mixer
 from .vision import PatchVision
 
 
 class HybridRotaryEmbedding(LlamaRotaryEmbedding):
-    """Rotary positions whose dynamic scaling follows the sequence at hand, whatever came before it."""
+    """Rotary positions whose dynamic scaling follows the sequence at hand, whatever came before it.
+
+    Frequencies stay fp32 when the model is cast: rounded to bf16, positions in the thousands are radians off.
+    """
+
+    def _apply(self, fn, recurse=True):
+        kept = {name: getattr(self, name) for name in ("inv_freq", "original_inv_freq")}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            cast = getattr(self, name)
+            if cast.dtype != before.dtype and not before.is_meta:
+                setattr(self, name, before.to(cast.device))
+        return self
 
     @torch.no_grad()
     def forward(self, x, position_ids):
@@ -69,8 +81,7 @@ class HybridVLPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
-    # Decay rates in bf16 would be off by percents, see architecture "Numerics".
-    _keep_in_fp32_modules_strict = ["A_log", "dt_bias", "D"]
+    _keep_in_fp32_modules_strict = list(FP32_PARAMETERS)
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -116,10 +127,12 @@ class HybridDecoder(HybridVLPreTrainedModel):
             dict: Keyword arguments of every layer.
 
         Raises:
-            ValueError: For packed rows together with a cache.
+            ValueError: For packed rows together with a cache or with flash attention.
         """
         length, device = inputs_embeds.shape[1], inputs_embeds.device
         seen = 0 if cache is None else cache.get_seq_length()
+        if segment_ids is not None and "flash" in (self.config._attn_implementation or ""):
+            raise ValueError("flash attention would let packed samples see each other: use attn_implementation='sdpa'")
         if segment_ids is not None and cache is not None:
             raise ValueError("segment_ids packs training rows and does not go with a decoding cache")
         if attention_mask is not None:
@@ -248,6 +261,10 @@ class HybridVLForCausalLM(HybridVLPreTrainedModel, GenerationMixin):
         if pixel_values is None or pixel_values.shape[0] == 0:
             if wanted:
                 raise ValueError(f"the input has {wanted} image tokens, but no image was passed")
+            if torch.is_grad_enabled() and self.training and self.vision.position_embedding.requires_grad:
+                # Data-parallel training waits for a gradient of every weight, also on a batch of text alone.
+                size, channels = self.config.vision["image_size"], self.config.vision.get("num_channels", 3)
+                embeds = embeds + 0 * self.vision(embeds.new_zeros(1, channels, size, size)).sum().to(embeds.dtype)
             return embeds
         visual = self.vision(pixel_values).flatten(0, 1).to(embeds.dtype)
         if visual.shape[0] != wanted:

@@ -1,7 +1,7 @@
 """HoVLE and its data, shared by all stages.
 
-Needs pretrained/HoVLE (the checkpoint's folder) and data/vlm_sft/meta.json, which names one or more
-datasets in InternVL's format.
+Needs pretrained/HoVLE (the checkpoint's folder), data/vlm_sft/meta.json, which names one or more datasets
+in InternVL's format, and data/vlm_sft/held_out.json, which names the questions to score.
 """
 
 from xtuner_ext.convert.teacher import load_processor
@@ -24,7 +24,12 @@ train_dataloader = dict(
     dataset=dict(
         type=ConversationDataset,
         meta=train_data,
-        processor=dict(type=load_processor, pretrained_model_name_or_path=teacher, max_tiles=max_tiles),
+        processor=dict(
+            type=load_processor,
+            pretrained_model_name_or_path=teacher,
+            max_tiles=max_tiles,
+            trust_remote_code=True,  # InternLM2's tokenizer is code in the folder
+        ),
         template=template,
         max_length=max_length,
     ),

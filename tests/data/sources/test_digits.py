@@ -14,7 +14,8 @@ from xtuner_ext.errors import UserError
 
 CATEGORIES = {
     "which": r"Which digit is at the (top|bottom) (left|right)\?",
-    "presence": r"Is there a \d (at|in) the (top|bottom|left|right) (left|right|row|column)\?",
+    "presence": r"Is there (an even digit|an odd digit|a digit above 6|a digit below 3) "
+    r"in the (top row|bottom row|left column|right column)\?",
     "count": r"How many digits are (even|odd)\?",
     "compare": r"What is the (larger|smaller) digit in the (top row|bottom row|left column|right column)\?",
     "sum": r"What is the sum of the (top row|bottom row|left column|right column)\?",
@@ -33,8 +34,11 @@ def right_answer(question, values):
     if question.startswith("Which digit"):
         return str(values[place])
     if question.startswith("Is there"):
-        there = line if place is None else [values[place]]
-        return "yes" if numbers[0] in there else "no"
+        if "above" in question or "below" in question:
+            there = any(value > 6 if "above" in question else value < 3 for value in line)
+        else:
+            there = any(value % 2 == ("odd" in question) for value in line)
+        return "yes" if there else "no"
     if question.startswith("How many"):
         return str(sum(value % 2 == ("odd" in question) for value in values))
     if "larger" in question:
