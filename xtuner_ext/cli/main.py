@@ -176,8 +176,9 @@ def _torchrun_arguments(arguments):
     processes = int(os.environ.get("NPROC_PER_NODE", 1))
     pairs = list(zip(arguments, arguments[1:], strict=False))
     slurm = ("--launcher", "slurm") in pairs or "--launcher=slurm" in arguments
-    # DeepSpeed wants a process group even for one process.
-    alone = nodes == 1 and processes == 1 and not any(word.startswith("--deepspeed") for word in arguments)
+    # DeepSpeed wants a process group even for one process; where it is missing, `train` says so.
+    deepspeed = any(word.startswith("--deepspeed") for word in arguments) and importlib.util.find_spec("deepspeed")
+    alone = nodes == 1 and processes == 1 and not deepspeed
     if slurm or "LOCAL_RANK" in os.environ or alone:
         return None
     port = os.environ.get("PORT")

@@ -158,6 +158,8 @@ def run_stock_train(arguments):
     import torch
 
     if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # Together: gloo aborts a process whose peer has already gone.
+        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 
