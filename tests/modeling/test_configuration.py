@@ -8,7 +8,6 @@ from xtuner_ext.modeling import (
     HybridCache,
     HybridVLConfig,
     MixerConfig,
-    every_nth,
     layer_types_from_attention,
 )
 
@@ -39,15 +38,6 @@ def test_layer_types_follow_the_indices_in_any_order():
     expected = ["full_attention", "linear_attention", "linear_attention", "full_attention"]
     assert layer_types_from_attention([3, 0], 4) == expected
     assert layer_types_from_attention([], 2) == ["linear_attention"] * 2
-
-
-@pytest.mark.parametrize(
-    "n, layers",
-    [(1, [0, 1, 2, 3, 4, 5]), (4, [0, 4]), (9, [0]), (0, []), (float("inf"), [])],
-    ids=["every", "every fourth", "more than layers", "zero", "infinity"],
-)
-def test_every_nth_takes_the_first_of_each_group(n, layers):
-    assert every_nth(6, n) == layers
 
 
 @pytest.mark.parametrize(
@@ -102,7 +92,7 @@ def test_cache_bytes_of_the_published_sizes():
     """HoVLE keeps 128 KiB a token; the linear student 32 MiB of state and 0.25 MiB of conv inputs, ever."""
     teacher = HybridVLConfig()
     student = HybridVLConfig(layer_types=["linear_attention"] * 32)
-    hybrid = HybridVLConfig(layer_types=layer_types_from_attention(every_nth(32, 4), 32))
+    hybrid = HybridVLConfig(layer_types=layer_types_from_attention(list(range(0, 32, 4)), 32))
     assert teacher.cache_bytes(1000) == 1000 * 128 * 2**10
     assert student.cache_bytes(1) == student.cache_bytes(103_000) == 32 * 2**20 + 2**18
     assert hybrid.cache_bytes(1001) - hybrid.cache_bytes(1000) == 32 * 2**10

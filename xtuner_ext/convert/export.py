@@ -68,7 +68,7 @@ def export_student(
     student.eval()
     if trained_model is not None:
         _check_parity("the assembled student", logits_difference(student.float(), trained_model), ASSEMBLY_TOLERANCE, out)
-    _cast(student, dtype)
+    student.to(dtype)
     processor = load_processor(teacher, trust_remote_code=trust_remote_code)
     with whole_folder(out) as folder:
         _write_model(student, folder, max_shard_size)
@@ -123,12 +123,6 @@ def _assemble(student, frozen, trained):
     if surplus := sorted(set(trained) - set(state)):
         raise UserError(f"the checkpoint holds {surplus[0]}, which the student does not have: another config made it")
     return state
-
-
-def _cast(student, dtype):
-    for name, parameter in student.named_parameters():
-        keep = name.rsplit(".", 1)[-1] in student._keep_in_fp32_modules_strict
-        parameter.data = parameter.data.to(torch.float32 if keep else dtype)
 
 
 def _write_model(student, folder, max_shard_size):

@@ -3,7 +3,7 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 from .cache import HybridCache
-from .configuration import HybridVLConfig, MixerConfig, every_nth, layer_types_from_attention
+from .configuration import HybridVLConfig, MixerConfig, layer_types_from_attention
 from .mixers import Attention, Mamba2Mixer, PairedMixer
 from .modeling import HybridDecoder, HybridVLForCausalLM
 from .processing import HybridVLProcessor
@@ -24,6 +24,5 @@ __all__ = [
     "Mamba2Mixer",
     "MixerConfig",
     "PairedMixer",
-    "every_nth",
     "layer_types_from_attention",
 ]

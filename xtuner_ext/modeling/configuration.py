@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import math
 
 from transformers import PreTrainedConfig
 
@@ -184,8 +183,3 @@ def layer_types_from_attention(attention_layers, num_layers):
     if len(set(attention_layers)) != len(attention_layers):
         raise ValueError(f"attention_layers names a layer twice: {sorted(attention_layers)}")
     return ["full_attention" if i in set(attention_layers) else "linear_attention" for i in range(num_layers)]
-
-
-def every_nth(num_layers, n):
-    """Indices of the first layer of every group of n, the placement found best in mmMamba's Table 6."""
-    return list(range(0, num_layers, n)) if n and not math.isinf(n) else []
