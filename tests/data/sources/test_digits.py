@@ -184,3 +184,14 @@ def test_counts_below_one_are_an_error(tmp_path, train, test):
     with pytest.raises(UserError, match=f"at least one sample a split, got train={train} and test={test}"):
         make_digits(tmp_path / "out", train=train, test=test)
     assert not list(tmp_path.iterdir())
+
+
+def test_named_presence_asks_for_a_digit():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        values = rng.integers(0, 10, size=4)
+        category, question, answer = source._named_presence(values, rng)
+        wanted = int(re.search(r"\d", question).group())
+        place = next(([values[CELLS[name]]] for name in CELLS if name in question), None)
+        line = next(([values[cell] for cell in LINES[name]] for name in LINES if name in question), place)
+        assert category == "presence" and answer == ("yes" if wanted in line else "no")

@@ -29,7 +29,7 @@ QUESTIONS_PER_TRAINING_IMAGE = 3
 TEXT_ONLY_SHARE = 0.1
 
 
-def make_digits(out, seed=0, train=12000, test=1200):
+def make_digits(out, seed=0, train=12000, test=1200, named_presence=False):
     """Write PNG files, InternVL-style JSONL and a meta JSON per split.
 
     Args:
@@ -38,6 +38,7 @@ def make_digits(out, seed=0, train=12000, test=1200):
         seed (int): Seed of the composition; the split of the digits does not depend on it.
         train (int): Training samples.
         test (int): Held-out questions.
+        named_presence (bool): Ask whether a named digit is there, instead of one of a class.
 
     Returns:
         dict: ``train`` and ``test`` paths of the meta files.
@@ -49,6 +50,8 @@ def make_digits(out, seed=0, train=12000, test=1200):
     if train < 1 or test < 1:
         raise UserError(f"make-digits needs at least one sample a split, got train={train} and test={test}")
     settings = {"seed": seed, "train": train, "test": test}
+    settings.update({"named_presence": True} if named_presence else {})
+    questions = [_named_presence if named_presence and kind is _presence else kind for kind in _QUESTIONS]
     stamp = out / "settings.json"
     metas = {split: str(out / f"{split}.json") for split in ("train", "test")}
     if stamp.is_file():
@@ -65,7 +68,7 @@ def make_digits(out, seed=0, train=12000, test=1200):
     try:
         pools = split_digits()
         for number, (split, count) in enumerate((("train", train), ("test", test))):
-            _write_split(work, split, count, pools[split], np.random.default_rng([seed, number]))
+            _write_split(work, split, count, pools[split], questions, np.random.default_rng([seed, number]))
         (work / "settings.json").write_text(json.dumps(settings))
         work.chmod(0o755)
         if out.exists():
@@ -96,7 +99,7 @@ def split_digits():
     return pools
 
 
-def _write_split(folder, split, count, pool, rng):
+def _write_split(folder, split, count, pool, questions, rng):
     (folder / "images").mkdir(exist_ok=True)
     lines = []
     for number in range(count):
@@ -107,7 +110,9 @@ def _write_split(folder, split, count, pool, rng):
             values = rng.integers(0, 10, size=4)
             name = f"images/{split}-{number:06d}.png"
             Image.fromarray(compose([pool[v] for v in values], rng)).save(folder / name)
-            kinds = _image_questions(values, QUESTIONS_PER_TRAINING_IMAGE if split == "train" else 1, rng)
+            asked = QUESTIONS_PER_TRAINING_IMAGE if split == "train" else 1
+            # Where reading aloud comes first, later answers follow from text: that is how sums are learnt first.
+            kinds = [questions[kind](values, rng) for kind in rng.choice(len(questions), size=asked, replace=False)]
             item = {"id": f"{split}-{number:06d}", "image": name, "width": IMAGE_SIZE, "height": IMAGE_SIZE}
         item["category"] = kinds[0][0]
         item["conversations"] = []
@@ -147,11 +152,6 @@ def compose(pools, rng):
     return (canvas.clip(0, 1) * 255).astype(np.uint8)
 
 
-def _image_questions(values, count, rng):
-    # Where reading aloud comes first, later answers follow from text: that is how sums are learnt before pictures.
-    return [_QUESTIONS[kind](values, rng) for kind in rng.choice(len(_QUESTIONS), size=count, replace=False)]
-
-
 def _which(values, rng):
     cell = rng.integers(4)
     return "which", f"Which digit is at the {CELLS[cell]}?", str(values[cell])
@@ -162,6 +162,14 @@ def _presence(values, rng):
     kind, belongs = list(CLASSES.items())[rng.integers(len(CLASSES))]
     there = any(belongs(values[cell]) for cell in LINES[line])
     return "presence", f"Is there {kind} in the {line}?", "yes" if there else "no"
+
+
+def _named_presence(values, rng):
+    place = (*CELLS, *LINES)[rng.integers(len(CELLS) + len(LINES))]
+    there = [values[cell] for cell in LINES.get(place, ())] or [values[CELLS.index(place)]]
+    wanted = int(there[rng.integers(len(there))]) if rng.random() < 0.5 else int(rng.integers(10))
+    word = "at" if place in CELLS else "in"
+    return "presence", f"Is there a {wanted} {word} the {place}?", "yes" if wanted in there else "no"
 
 
 def _even(values, rng):

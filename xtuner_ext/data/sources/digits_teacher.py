@@ -17,7 +17,9 @@ SPECIAL_TOKENS = [
 ]
 
 
-def prepare_teacher(out, seed=0, train=40000, test=1200, vocab_size=384, template="internlm2_chat"):
+def prepare_teacher(
+    out, seed=0, train=40000, test=1200, vocab_size=384, template="internlm2_chat", named_presence=False
+):
     """Make the teacher's data and its tokenizer, unless they are there.
 
     Args:
@@ -27,8 +29,9 @@ def prepare_teacher(out, seed=0, train=40000, test=1200, vocab_size=384, templat
         test (int): Held-out questions.
         vocab_size (int): Tokens, bytes and special ones included.
         template (str): Conversation template that the tokenizer sees.
+        named_presence (bool): See :func:`make_digits`.
     """
-    make_digits(out, seed=seed, train=train, test=test)
+    make_digits(out, seed=seed, train=train, test=test, named_presence=named_presence)
     folder = Path(out) / "tokenizer"
     if not (folder / "tokenizer.json").is_file():
         make_tokenizer(Path(out) / "train.json", vocab_size, template).save_pretrained(folder)

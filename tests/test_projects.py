@@ -1,0 +1,24 @@
+"""Every config we ship loads, and loads again from its own dump."""
+
+import pytest
+from mmengine.config import Config
+
+from xtuner_ext.cli import config_names
+from xtuner_ext.cli.config_options import load_config
+
+
+@pytest.mark.parametrize("name", sorted(config_names()))
+def test_config_survives_a_dump(name, tmp_path):
+    config = load_config(config_names()[name])
+    config.dump(tmp_path / "dumped.py")
+    again = Config.fromfile(tmp_path / "dumped.py")
+    for key in ("work_dir", "train_cfg", "param_scheduler", "model", "train_dataloader"):
+        assert key in again
+    assert again.work_dir == config.work_dir
+    assert again.train_cfg.max_iters == config.train_cfg.max_iters == config.param_scheduler[-1].end
+    assert config.work_dir.startswith("work_dirs/")
+
+
+def test_no_two_configs_share_a_work_dir():
+    folders = [load_config(path).work_dir for path in config_names().values()]
+    assert len(folders) == len(set(folders))
