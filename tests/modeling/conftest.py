@@ -11,7 +11,10 @@ LAYER_TYPES = {
     "linear": ["linear_attention"] * 3,
     "hybrid": ["linear_attention", "full_attention", "linear_attention"],
     "attention": ["full_attention"] * 3,
+    "windowed": ["linear_attention", "full_attention", "linear_attention"],
 }
+# A window shorter than most test sequences, so that the sink and the state matter.
+KIND_MIXERS = {"windowed": dict(window=5, sink=True)}
 SIZES = dict(
     vocab_size=64,
     hidden_size=32,
@@ -26,7 +29,7 @@ SIZES = dict(
 
 
 def _config(kind="linear", mixer=None, **changes):
-    mixer = {"chunk_size": Q, **(mixer or {})}
+    mixer = {"chunk_size": Q, **KIND_MIXERS.get(kind, {}), **(mixer or {})}
     values = {**SIZES, "layer_types": LAYER_TYPES[kind], "mixer": mixer, **changes}
     return HybridVLConfig(num_hidden_layers=len(values["layer_types"]), **values)
 

@@ -76,6 +76,9 @@ FLAGS = {
     "D": dict(use_D=True),
     "fixed A": dict(learn_A=False),
     "rotary positions": dict(use_rope=True),
+    "window": dict(window=4),
+    "window and sink": dict(window=4, sink=True),
+    "window longer than the sequence": dict(window=40),
 }
 
 
@@ -90,12 +93,13 @@ def test_flag_changes_the_output_and_keeps_the_cache_contract(make_mixer, make_c
     }
     mixer.load_state_dict(shared, strict=False)
     angles = torch.arange(19)[None, :, None] * torch.tensor([1.0, 0.3, 0.1, 0.01] * 2)
-    whole = mixer.head_outputs(u, position_embeddings=(angles.cos(), angles.sin()))
+    positions = torch.arange(19)[None]
+    whole = mixer.head_outputs(u, position_embeddings=(angles.cos(), angles.sin()), position_ids=positions)
     assert whole.isfinite().all() and not torch.allclose(whole, base.head_outputs(u), atol=1e-3)
     cache = HybridCache(make_config(mixer=flags))
     parts = [
-        mixer.head_outputs(part, position_embeddings=(angle.cos(), angle.sin()), cache=cache)
-        for part, angle in zip(u.split([9, 5, 1, 4], dim=1), angles.split([9, 5, 1, 4], dim=1))
+        mixer.head_outputs(part, position_embeddings=(angle.cos(), angle.sin()), position_ids=position, cache=cache)
+        for part, angle, position in zip(*(t.split([9, 5, 1, 4], dim=1) for t in (u, angles, positions)))
     ]
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
 
@@ -145,3 +149,20 @@ def test_mixer_and_attention_share_the_projections_of_the_checkpoint(make_config
         for kind in (Attention, Mamba2Mixer)
     )
     assert attention.items() <= mamba.items() and len(attention) == 4
+
+
+def test_a_window_over_everything_with_the_state_switched_off_is_attention(make_mixer, make_config):
+    """Then the mixer with the attention's own projections gives the attention's own heads."""
+    mixer, u = make_mixer(window=19, gate_bias=True), make_inputs()
+    attention = Attention(make_config("attention"), 0)
+    attention.load_state_dict({k: v for k, v in mixer.state_dict().items() if k in attention.state_dict()})
+    attention.config._attn_implementation = "eager"
+    with torch.no_grad():
+        for parameter in (mixer.g_proj.weight, mixer.g_proj.bias, mixer.share_proj.weight):
+            parameter.zero_()
+        mixer.share_proj.bias.fill_(50.0)
+    angles = torch.arange(19)[None, :, None] * torch.tensor([1.0, 0.3, 0.1, 0.01] * 2)
+    positions = (angles.cos(), angles.sin())
+    causal = torch.full((19, 19), -torch.inf).triu(1)[None, None]
+    expected = attention.head_outputs(u, position_embeddings=positions, attention_mask=causal)
+    torch.testing.assert_close(mixer.head_outputs(u, position_embeddings=positions), expected)

@@ -9,7 +9,7 @@ from xtuner_ext.modeling import HybridCache, HybridVLConfig, HybridVLForCausalLM
 Q = 8
 IMAGE = 60
 TOLERANCE = dict(rtol=1e-4, atol=1e-4)
-KINDS = ("linear", "hybrid", "attention")
+KINDS = ("linear", "hybrid", "attention", "windowed")
 
 
 @pytest.fixture(params=KINDS)

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from xtuner_ext import autoload
+from xtuner_ext.cli.allocator import keep_freed_memory
 from xtuner_ext.cli.config_options import find_config, load_config
 from xtuner_ext.cli.versions import check_versions
 from xtuner_ext.errors import UserError
@@ -50,6 +51,7 @@ def main(argv):
     """
     autoload.install()
     args = parse_args(argv)
+    keep_freed_memory()
     check_versions()
     config_path = find_config(args.config)
     config = load_config(config_path, args.cfg_options)

@@ -58,8 +58,12 @@ class Seeding:
 OPEN_GATE_BIAS = 1.2785
 
 
+# sigmoid(3) = 0.95: nearly all weight lies in the window at first.
+FULL_SHARE_BIAS = 3.0
+
+
 @torch.no_grad()
-def seed_mixer(mixer, attention, seeding, generator):
+def seed_mixer(mixer, attention, seeding, generator, first_token=None):
     """Fill a mixer's weights.
 
     Args:
@@ -67,6 +71,8 @@ def seed_mixer(mixer, attention, seeding, generator):
         attention (Attention): Gives q, k, v and o.
         seeding (Seeding): How new weights start.
         generator (torch.Generator): Source of randomness, on the CPU.
+        first_token (tuple[Tensor, Tensor], optional): Key and value that the attention gives the first token
+            of a sequence, (G, P) each; a sink starts as these.
     """
     if seeding.inherit_qkv:
         for name in ("q_proj", "k_proj", "v_proj"):
@@ -81,6 +87,12 @@ def seed_mixer(mixer, attention, seeding, generator):
         _forgetful(mixer, generator)
     if mixer.mixer.use_D:
         mixer.D.fill_(1.0)
+    if mixer.mixer.window:
+        mixer.share_proj.weight.zero_()
+        mixer.share_proj.bias.fill_(FULL_SHARE_BIAS)
+    if mixer.mixer.sink and first_token is not None:
+        mixer.sink_key.copy_(first_token[0])
+        mixer.sink_value.copy_(first_token[1])
     if mixer.mixer.gate:
         mixer.g_norm.weight.fill_(1.0)
         if seeding.gate == "open":
@@ -93,6 +105,28 @@ def seed_mixer(mixer, attention, seeding, generator):
             _uniform(mixer.g_proj.weight, 2**-2.5 * math.sqrt(6 / fan), generator)
             if mixer.g_proj.bias is not None:
                 mixer.g_proj.bias.zero_()
+
+
+@torch.no_grad()
+def first_token_states(model, token_id):
+    """Keys and values that every layer gives a token at the start of a sequence.
+
+    Args:
+        model (HybridVLForCausalLM): Attention everywhere.
+        token_id (int): Usually the one that conversations start with.
+
+    Returns:
+        list[tuple[Tensor, Tensor]]: Key and value (G, P) of each layer; position 0 rotates nothing.
+    """
+    decoder, states = model.model, []
+    hidden = decoder.embed_tokens(torch.tensor([[token_id]], device=model.device))
+    context = decoder.layer_context(hidden)
+    for layer in decoder.layers:
+        normed = layer.input_layernorm(hidden)
+        shape = (-1, layer.mixer.head_dim)
+        states.append((layer.mixer.k_proj(normed).view(shape), layer.mixer.v_proj(normed).view(shape)))
+        hidden = layer(hidden, **context)
+    return states
 
 
 def _mimic(mixer, seeding, generator):

@@ -35,3 +35,17 @@ def encode_conversation(tokenizer, template, turns, system=None):
         ids += turn_ids
         labels += [IGNORE_INDEX] * len(prompt_ids) + turn_ids[len(prompt_ids) :]
     return torch.tensor(ids), torch.tensor(labels)
+
+
+def next_token_rows(labels):
+    """Positions whose prediction is supervised: those before a supervised token.
+
+    Args:
+        labels (Tensor): (B, L), -100 where nothing is supervised.
+
+    Returns:
+        Tensor: Boolean (B, L).
+    """
+    rows = torch.zeros_like(labels, dtype=torch.bool)
+    rows[:, :-1] = labels[:, 1:] != IGNORE_INDEX
+    return rows

@@ -10,24 +10,30 @@ import torch
 from torch import nn
 from xtuner.registry import BUILDER
 
-from ..convert.seeding import Seeding, seed_mixer
+from ..convert.seeding import Seeding, first_token_states, seed_mixer
+from ..data.masking import next_token_rows
 from ..errors import UserError
 from ..modeling import Mamba2Mixer, PairedMixer, layer_types_from_attention
 from ..modeling.configuration import MixerConfig, check_layer_types
 from .base import HybridModel
+from .layer_selection import read_selection
 from .local_backward import local_backward
 from .losses import alignment_error, chunked_divergence
 from .stages import describe, fingerprint, load_previous_stage
 
 TRAINABLE = {
     # What attention does not have.
-    "new": ("conv1d.", "dt_proj.", "dt_bias", "A_log", "D", "q_norm.", "k_norm.", "g_proj.", "g_norm."),
-    "qkv": ("q_proj.", "k_proj.", "v_proj."),
+    "new": (
+        *("conv1d.", "dt_proj.", "dt_bias", "A_log", "D", "q_norm.", "k_norm.", "g_proj.", "g_norm."),
+        *("share_proj.", "sink_"),
+    ),
+    "mixers": ("q_proj.", "k_proj.", "v_proj."),
+    "projections": ("q_proj.", "k_proj.", "v_proj.", "o_proj."),
 }
-SCOPES = ("new", "mixers", "all")
+SCOPES = ("new", "mixers", "projections", "all")
 # Options of the losses with their defaults, and the words that some of them take.
-ALIGNMENT = {"scale": 1000.0, "normalise": False}
-DIVERGENCE = {"direction": "forward", "temperature": 1.0, "tokens": "answer", "reduction": "mean", "chunk_rows": 1024}
+ALIGNMENT = {"scale": 1000.0, "normalise": False, "after_projection": False}
+DIVERGENCE = {"direction": "forward", "temperature": 1.0, "tokens": "answer", "reduction": "mean", "chunk_rows": 512}
 WORDS = {
     "direction": ("forward", "reverse", "js"),
     "tokens": ("answer", "all"),
@@ -43,12 +49,14 @@ class DistillModel(HybridModel):
         stage (int): 1, 2 or 3.
         mixer (dict, optional): Fields of ``MixerConfig``.
         seeding (dict, optional): Fields of ``Seeding``.
-        attention_layers (list[int], optional): Layers that keep attention in stage 3; none when absent.
+        attention_layers (list[int] | str, optional): Layers that keep attention in stage 3, or the file that
+            ``xtuner-ext select-layers`` wrote; none when absent.
         layer_types (list[str], optional): The same as one word per layer; overrides ``attention_layers``.
-        trainable (str, optional): ``new``, ``mixers`` (new weights and q, k, v) or ``all``; by default
-            ``new`` in stage 1 and ``mixers`` after it. ``all`` is for stage 3 and loads a frozen teacher
-            besides the student.
-        alignment (dict, optional): Stages 1 and 2: ``scale`` and ``normalise`` of the layer loss.
+        trainable (str, optional): ``new``, ``mixers`` (new weights and q, k, v), ``projections`` (also the
+            output projection) or ``all``; by default ``new`` in stage 1 and ``mixers`` after it. ``all`` is
+            for stage 3 and loads a frozen teacher besides the student.
+        alignment (dict, optional): Stages 1 and 2: ``scale`` and ``normalise`` of the layer loss, and
+            ``after_projection`` to compare what the output projection makes of the heads.
         divergence (dict, optional): Stage 3: ``direction``, ``temperature``, ``tokens`` (``answer`` or
             ``all``), ``reduction`` (``mean`` over tokens or ``batchmean``) and ``chunk_rows``.
         trainable_dtype (str, optional): Such as ``"float32"``, for weights that train beside frozen bf16
@@ -166,6 +174,8 @@ class DistillModel(HybridModel):
             config.mixer = vars(MixerConfig.from_dict(dict(mixer or {})))
             count = config.num_hidden_layers
             if layer_types is None:
+                if isinstance(attention_layers, str):
+                    attention_layers = read_selection(attention_layers)
                 layer_types = layer_types_from_attention(list(attention_layers or []), count)
             check_layer_types(layer_types, count)
         except ValueError as error:
@@ -176,13 +186,16 @@ class DistillModel(HybridModel):
         return config
 
     def _pair(self, seeding, seed):
+        first = [None] * self.student_config.num_hidden_layers
+        if self.student_config.mixer_config.sink and not self.llm.lm_head.weight.is_meta:
+            first = first_token_states(self.llm, self.student_config.bos_token_id)
         for index, layer in enumerate(self.llm.model.layers):
             if self.student_config.layer_types[index] == "full_attention":
                 continue
             attention = layer.mixer
             mamba = Mamba2Mixer(self.student_config, index).to(attention.q_proj.weight.dtype)
-            seed_mixer(mamba, attention, seeding, torch.Generator().manual_seed(seed * 10007 + index))
-            if self.trainable != "all":
+            seed_mixer(mamba, attention, seeding, torch.Generator().manual_seed(seed * 10007 + index), first[index])
+            if self.trainable in ("new", "mixers"):
                 # Frozen on both sides: one copy serves teacher and student.
                 mamba.o_proj = attention.o_proj
             if self.trainable == "new" and seeding.inherit_qkv:
@@ -194,14 +207,15 @@ class DistillModel(HybridModel):
         if self.trainable == "all":
             self.llm.requires_grad_(True)
             return
-        wanted = TRAINABLE["new"] + (TRAINABLE["qkv"] if self.trainable == "mixers" else ())
+        wanted = {*TRAINABLE["new"], *TRAINABLE[self.trainable]}
         for module in self.modules():
             if isinstance(module, Mamba2Mixer):
                 for name, parameter in module.named_parameters():
-                    parameter.requires_grad_(name.startswith(wanted))
+                    parameter.requires_grad_(name.startswith(tuple(wanted)))
 
     def _alignment_loss(self, input_ids, pixel_values, inputs):
         decoder, normalise = self.llm.model, self.alignment["normalise"]
+        after_projection = self.alignment["after_projection"]
         with torch.no_grad():
             embeds = self.llm.embed(input_ids, pixel_values)
         context = decoder.layer_context(embeds, **inputs)
@@ -214,10 +228,15 @@ class DistillModel(HybridModel):
             pair, layer_inputs = layer.mixer, layer.mixer_context(context)
             with torch.no_grad():
                 normed = layer.input_layernorm(hidden)
-                target = pair.attention.head_outputs(normed, **layer_inputs)
+                heads = pair.attention.head_outputs(normed, **layer_inputs)
+                mixed = pair.attention.o_proj(heads.flatten(2))
+            target = mixed[:, :, None] if after_projection else heads
 
             def align(pair=pair, normed=normed, target=target, layer_inputs=layer_inputs):
-                prediction = pair.mamba.head_outputs(normed, **layer_inputs)
+                if after_projection:
+                    prediction = pair.mamba(normed, **layer_inputs)[:, :, None]
+                else:
+                    prediction = pair.mamba.head_outputs(normed, **layer_inputs)
                 error = alignment_error(prediction, target, mask, normalise)
                 prediction = prediction.detach()
                 parts = {"image": image, "text": real & ~image}
@@ -230,7 +249,7 @@ class DistillModel(HybridModel):
             for kind, value in by_kind.items():
                 split[kind].append(value)
             with torch.no_grad():
-                hidden = hidden + pair.attention.o_proj(target.flatten(2))
+                hidden = hidden + mixed
                 hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
         for kind, values in split.items():
             measures[f"align/{kind}"] = torch.stack(values).mean()
@@ -266,10 +285,7 @@ class DistillModel(HybridModel):
         """Positions whose next-token distributions are compared, boolean (B, L)."""
         if self.divergence["tokens"] == "all":
             return torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        rows = torch.zeros_like(input_ids, dtype=torch.bool)
-        # A position predicts the token after it.
-        rows[:, :-1] = labels[:, 1:] != -100
-        return rows
+        return next_token_rows(labels)
 
     def _activate(self, word):
         for module in self.modules():

@@ -3,6 +3,10 @@
 from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
 
 
+# States of a linear layer: what the scan carries, and the last keys and values of a sliding window.
+SCAN, WINDOW = 0, 1
+
+
 class HybridCache(Cache):
     """Cache built from transformers' own layer caches.
 
@@ -16,7 +20,7 @@ class HybridCache(Cache):
     def __init__(self, config):
         super().__init__(
             layers=[
-                LinearAttentionLayer() if kind == "linear_attention" else DynamicLayer()
+                LinearAttentionLayer(number_of_states=2) if kind == "linear_attention" else DynamicLayer()
                 for kind in config.layer_types
             ]
         )
@@ -40,7 +44,7 @@ class HybridCache(Cache):
         tensors = []
         for layer in self.layers:
             if isinstance(layer, LinearAttentionLayer):
-                tensors += [layer.conv_states[0], layer.recurrent_states[0]]
+                tensors += [*layer.conv_states.values(), *layer.recurrent_states.values()]
             elif layer.is_initialized:
                 tensors += [layer.keys, layer.values]
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
@@ -52,8 +56,9 @@ class HybridCache(Cache):
                 layer.batch_repeat_interleave(repeats)
                 continue
             for states in (layer.conv_states, layer.recurrent_states):
-                if states[0] is not None:
-                    states[0] = states[0].repeat_interleave(repeats, dim=0)
+                for index, state in states.items():
+                    if state is not None:
+                        states[index] = state.repeat_interleave(repeats, dim=0)
 
     def reset(self):
         """Forget everything."""

@@ -21,6 +21,8 @@ class MixerConfig:
         gate_bias (bool): Give the gate projection a bias.
         use_D (bool): Add ``D * v`` to the scan's output.
         learn_A (bool): Learn the decay rate; False fixes A at -1.
+        window (int): Last tokens that each token also attends to exactly, beside the state; 0 for none.
+        sink (bool): With a window, also attend to a learned stand-in for the first token.
         chunk_size (int): Tokens of one dense block of the scan.
     """
 
@@ -32,6 +34,8 @@ class MixerConfig:
     gate_bias: bool = False
     use_D: bool = False
     learn_A: bool = True
+    window: int = 0
+    sink: bool = False
     chunk_size: int = 64
 
     @classmethod
@@ -51,6 +55,10 @@ class MixerConfig:
             raise ValueError(f"unknown mixer.conv_activation {config.conv_activation!r}, expected None or 'silu'")
         if config.conv_kernel == 1 or config.conv_kernel < 0:
             raise ValueError(f"mixer.conv_kernel is {config.conv_kernel}, expected 0 or at least 2")
+        if config.window == 1 or config.window < 0:
+            raise ValueError(f"mixer.window is {config.window}, expected 0 or at least 2")
+        if config.sink and not config.window:
+            raise ValueError("mixer.sink needs mixer.window")
         if config.chunk_size < 1:
             raise ValueError(f"mixer.chunk_size is {config.chunk_size}, expected at least 1")
         return config
@@ -147,7 +155,8 @@ class HybridVLConfig(PreTrainedConfig):
         mixer = self.mixer_config
         attention = 2 * kv_heads * width * length * dtype_bytes
         convolution = (heads + 2 * kv_heads) * width * max(mixer.conv_kernel - 1, 0) * dtype_bytes
-        linear = heads * width * width * 4 + convolution
+        window = (2 * kv_heads * width + 1) * max(mixer.window - 1, 0) * dtype_bytes
+        linear = heads * width * width * 4 + convolution + window
         return sum(attention if kind == "full_attention" else linear for kind in self.layer_types)
 
 

@@ -11,6 +11,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager
 
 from ..ops.causal_conv import causal_conv, causal_conv_step
 from ..ops.ssd import ssd, ssd_step
+from ..ops.window_attention import window_attention
+from .cache import WINDOW
 
 
 # Rounded to bf16 these would change decays by percents.
@@ -100,15 +102,30 @@ class Mamba2Mixer(nn.Module):
             self.g_proj = nn.Linear(config.hidden_size, inner, bias=mixer.gate_bias)
             # One weight for all heads; eps is fixed by the reference, whatever the model's own.
             self.g_norm = nn.RMSNorm(self.head_dim, eps=1e-5)
+        if mixer.window:
+            self.share_proj = nn.Linear(config.hidden_size, self.num_heads)
+        if mixer.sink:
+            self.sink_key = nn.Parameter(torch.zeros(self.num_kv_heads, self.head_dim))
+            self.sink_value = nn.Parameter(torch.zeros(self.num_kv_heads, self.head_dim))
 
     def head_outputs(
-        self, hidden_states, *, position_embeddings=None, token_mask=None, segment_ids=None, cache=None, **_
+        self,
+        hidden_states,
+        *,
+        position_embeddings=None,
+        position_ids=None,
+        token_mask=None,
+        segment_ids=None,
+        cache=None,
+        **_,
     ):
         """Scan.
 
         Args:
             hidden_states (Tensor): Normalised layer input, (B, L, D).
-            position_embeddings (tuple[Tensor, Tensor], optional): cos and sin, (B, L, P); for ``use_rope``.
+            position_embeddings (tuple[Tensor, Tensor], optional): cos and sin, (B, L, P); for ``use_rope``
+                and ``window``.
+            position_ids (Tensor, optional): Integers (B, L); for ``sink``.
             token_mask (Tensor, optional): Boolean (B, L), False at padding.
             segment_ids (Tensor, optional): Integers (B, L) of packed rows.
             cache (HybridCache, optional): States after the tokens seen before; updated.
@@ -118,6 +135,9 @@ class Mamba2Mixer(nn.Module):
         """
         batch, length, _ = hidden_states.shape
         vkq = torch.cat([self.v_proj(hidden_states), self.k_proj(hidden_states), self.q_proj(hidden_states)], -1)
+        exact = None
+        if self.mixer.window:
+            exact = self._attend(vkq, position_embeddings, position_ids, token_mask, segment_ids, cache)
         dt = self.dt_proj(hidden_states)
         if token_mask is not None:
             vkq = vkq * token_mask[..., None]
@@ -137,7 +157,11 @@ class Mamba2Mixer(nn.Module):
             y = y + self.D[:, None].to(y.dtype) * v
         if self.mixer.gate:
             gate = self.g_proj(hidden_states).view(y.shape)
-            y = self.g_norm(y) * F.silu(gate)
+            # In y's own precision: under mixed precision an fp32 weight would leave the fused kernel.
+            y = F.rms_norm(y, (self.head_dim,), self.g_norm.weight.to(y.dtype), self.g_norm.eps) * F.silu(gate)
+        if exact is not None:
+            # The softmax over the window forgets how much of the attention's weight lay outside of it.
+            y = y + exact * torch.sigmoid(self.share_proj(hidden_states))[..., None]
         return y
 
     def forward(self, hidden_states, **context):
@@ -152,6 +176,25 @@ class Mamba2Mixer(nn.Module):
             if parameter.dtype != before.dtype and not before.is_meta:
                 parameter.data = before.to(parameter.device)
         return self
+
+    def _attend(self, vkq, position_embeddings, position_ids, token_mask, segment_ids, cache):
+        v, k, q = (t.unflatten(-1, (-1, self.head_dim)) for t in vkq.split(self.split, dim=-1))
+        q, k = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
+        output, state = window_attention(
+            q,
+            k,
+            v,
+            window=self.mixer.window,
+            token_mask=token_mask,
+            segment_ids=segment_ids,
+            # The first token has position 0, at which keys are not rotated.
+            sink=(self.sink_key, self.sink_value) if self.mixer.sink else None,
+            beyond=position_ids >= self.mixer.window if self.mixer.sink else None,
+            past=None if cache is None else cache.layers[self.layer_idx].recurrent_states[WINDOW],
+        )
+        if cache is not None:
+            cache.update_recurrent_state(state, self.layer_idx, state_idx=WINDOW)
+        return output
 
     def _convolve(self, vkq, segment_ids, cache):
         activation = self.mixer.conv_activation

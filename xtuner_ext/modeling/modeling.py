@@ -160,6 +160,7 @@ class HybridDecoder(HybridVLPreTrainedModel):
         return {
             "position_embeddings": self.rotary_emb(inputs_embeds, position_ids),
             "embedding_position_embeddings": embedding_positions,
+            "position_ids": position_ids,
             "attention_mask": causal_mask,
             "token_mask": token_mask,
             "segment_ids": segment_ids,
