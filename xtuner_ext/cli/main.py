@@ -25,9 +25,11 @@ OWN_VERBS = {
     "eval": ("eval", "score a model on a data set"),
     "compare": ("compare", "measure how much of a teacher its students keep"),
     "data": ("data", "make and check data sets"),
+    "inspect": ("inspect", "say what a model folder holds and what its students would be"),
     "pipeline": ("pipeline", "run every stage of a project, from data to scores"),
     "select-layers": ("select_layers", "measure which layers should keep attention"),
     "convert pth_to_hf": ("convert", "turn a checkpoint into a Hugging Face folder"),
+    "convert gguf_to_hf": ("convert", "unpack a GGUF file into a Hugging Face folder"),
     "convert merge": ("convert", "merge an adapter into its base model"),
     "convert split": ("convert", "split a model into smaller shards"),
 }

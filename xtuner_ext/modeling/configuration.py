@@ -73,7 +73,8 @@ class HybridVLConfig(PreTrainedConfig):
         vision (dict | None): None for a text model, else ``{"front_end": "patch", "image_size",
             "patch_size", "num_channels", "downsample_ratio"}``.
         image_token_id (int | None): Token replaced by a visual vector.
-        template (str): Name of the conversation template that the model was trained with.
+        template (str | None): Name of the conversation template that the model was trained with; None where
+            its folder names none.
         num_embedding_layers (int): Leading layers that HoVLE keeps in its holistic embedding.
         embedding_overrides (dict | None): Of ``rope_parameters``, ``max_position_embeddings`` and
             ``rms_norm_eps``, those in which the holistic embedding differs from the language model.
@@ -106,7 +107,7 @@ class HybridVLConfig(PreTrainedConfig):
     mixer: dict | None = None
     vision: dict | None = None
     image_token_id: int | None = None
-    template: str = "internlm2-chat"
+    template: str | None = "internlm2-chat"
     num_embedding_layers: int = 0
     embedding_overrides: dict | None = None
 
@@ -135,7 +136,9 @@ class HybridVLConfig(PreTrainedConfig):
 
     @property
     def tokens_per_tile(self):
-        """int: Visual tokens of one tile."""
+        """int: Visual tokens of one tile; 0 for a text model."""
+        if self.vision is None:
+            return 0
         side = self.vision["image_size"] // self.vision["patch_size"]
         return int(side * side * self.vision["downsample_ratio"] ** 2)
 
