@@ -65,7 +65,7 @@ def compare_folders(args):
         UserError: For folders or data that do not load or do not fit together.
     """
     from ..data.dataset import ConversationDataset
-    from ..data.templates import get_template
+    from ..data.template_fit import fit_template
     from ..evaluation.comparison import check_comparable, compare
     from ..evaluation.runner import answer, read_questions
     from ..evaluation.scorers import score_rows
@@ -82,7 +82,7 @@ def compare_folders(args):
         questions = read_questions(args.data, args.limit)
         with progress(f"answer {name}", len(questions)) as advance:
             rows = answer(
-                model, processor, get_template(template), questions, args.batch_size, args.max_new_tokens, advance
+                model, processor, fit_template(template, processor.tokenizer), questions, args.batch_size, args.max_new_tokens, advance
             )
         return score_rows(rows)
 

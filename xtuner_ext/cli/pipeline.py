@@ -58,11 +58,19 @@ def main(argv):
     base = Path(args.work_dir or Path(configs["stage1"].work_dir).parent)
     remember_options(base / "pipeline.json", args)
     for stage, path in stages.items():
+        options = list(args.cfg_options)
+        if configs[stage].get("layer_selection"):
+            selection = base / Path(configs[stage].attention_layers).name
+            options.append(f"model.attention_layers={selection}")
+            configs[stage].model.attention_layers = str(selection)
+            if not selection.is_file():
+                say(f"{stage}: choosing layers -> {selection}")
+                select_layers(path, args.cfg_options, base / "stage2", selection)
         if finished(base / stage, configs[stage].train_cfg.max_iters):
             say(f"{stage}: done before")
             continue
         say(f"{stage}: {path}")
-        status = train(path, base / stage, args)
+        status = train(path, base / stage, args, options)
         if status:
             say(f"{stage} ended with status {status}")
             return status
@@ -139,13 +147,31 @@ def finished(work_dir, max_iters):
     return name == f"iter_{max_iters}.pth" and (work_dir / name).exists()
 
 
-def train(config, work_dir, args):
+def select_layers(path, options, work_dir, out):
+    """Choose the layers that keep attention, as a config's ``layer_selection`` asks.
+
+    Args:
+        path (Path): Config with ``layer_selection``, keyword arguments of :func:`select_for_config`.
+        options (list[str]): ``KEY=VALUE`` changes of the config.
+        work_dir (Path): Folder of stage 2.
+        out (Path): JSON file to write.
+    """
+    from ..distill.stages import find_previous_checkpoint
+    from .select_layers import select_for_config
+
+    config = load_config(str(path), options)
+    checkpoint = find_previous_checkpoint(out, work_dir.name)
+    select_for_config(config, checkpoint, out=str(out), **config.layer_selection)
+
+
+def train(config, work_dir, args, options):
     """Run one stage in processes of its own.
 
     Args:
         config (Path): The stage's config.
         work_dir (Path): Its folder.
-        args (argparse.Namespace): ``nproc``, ``deepspeed`` and ``cfg_options``.
+        args (argparse.Namespace): ``nproc`` and ``deepspeed``.
+        options (list[str]): ``KEY=VALUE`` changes of the config.
 
     Returns:
         int: Exit status.
@@ -153,8 +179,8 @@ def train(config, work_dir, args):
     command = ["-m", "xtuner_ext.cli", "train", str(config), "--work-dir", str(work_dir), "--resume", "auto"]
     if args.deepspeed:
         command += ["--deepspeed", args.deepspeed]
-    if args.cfg_options:
-        command += ["--cfg-options", *args.cfg_options]
+    if options:
+        command += ["--cfg-options", *options]
     environment = {**os.environ, "NPROC_PER_NODE": str(args.nproc)}
     if args.nproc > 1:
         environment.setdefault("OMP_NUM_THREADS", "1")

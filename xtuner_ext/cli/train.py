@@ -121,15 +121,18 @@ def prepare_data(config):
     """Calls the config's `prepare_data`, in the first process of each machine.
 
     Args:
-        config (mmengine.config.Config): May hold `prepare_data = dict(type=function, **kwargs)`. The
-            function must be repeatable: it returns at once when its result is there. If there are
+        config (mmengine.config.Config): May hold `prepare_data = dict(type=function, **kwargs)`, or a list of
+            such steps. Each function must be repeatable: it returns at once when its result is there. If there are
             several processes it needs an argument `out`, a file or folder that appears when all is done.
     """
-    arguments = config.get("prepare_data")
-    if arguments is None:
-        return
+    steps = config.get("prepare_data") or []
+    for step in steps if isinstance(steps, list) else [steps]:
+        _prepare(step)
+
+
+def _prepare(step):
     # Reading the items one by one makes ConfigDict import what a lazy config names.
-    arguments = {key: arguments[key] for key in arguments}
+    arguments = {key: step[key] for key in step}
     function = arguments.pop("type")
     if isinstance(function, str):
         from mmengine.utils import get_object_from_string

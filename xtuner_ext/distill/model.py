@@ -257,6 +257,37 @@ class DistillModel(HybridModel):
 
     def _divergence_loss(self, input_ids, labels, pixel_values, inputs):
         options = self.divergence
+        rows = self._rows(input_ids, labels, inputs["attention_mask"])
+        student, teacher = self.final_states(input_ids, pixel_values, **inputs)
+        total, agreed = chunked_divergence(
+            student[rows],
+            self.llm.lm_head.weight,
+            teacher[rows],
+            self.teacher_head,
+            direction=options["direction"],
+            temperature=options["temperature"],
+            chunk_rows=options["chunk_rows"],
+        )
+        count = rows.sum().clamp(min=1)
+        loss = total / (count if options["reduction"] == "mean" else len(input_ids))
+        return {"loss": loss, "kl_per_token": (total / count).detach(), "agreement": agreed / count}
+
+    @property
+    def teacher_head(self):
+        """Tensor: The teacher's output embedding, (V, D)."""
+        return (self.llm if self.teacher is None else self.teacher).lm_head.weight
+
+    def final_states(self, input_ids, pixel_values=None, **inputs):
+        """What both models make of a batch, before the output embedding.
+
+        Args:
+            input_ids (Tensor): (B, L).
+            pixel_values (Tensor, optional): (T, 3, S, S).
+            **inputs: ``attention_mask`` and ``segment_ids``, (B, L) or None.
+
+        Returns:
+            tuple[Tensor, Tensor]: Student's and teacher's normed hidden states, (B, L, D).
+        """
         teacher = self.llm if self.teacher is None else self.teacher
         if self.teacher is None:
             self._activate("full_attention")
@@ -266,20 +297,7 @@ class DistillModel(HybridModel):
         self._activate("linear_attention")
         if self.teacher is not None:
             embeds = self.llm.embed(input_ids, pixel_values)
-        hidden = self.llm.model(inputs_embeds=embeds, **inputs).last_hidden_state
-        rows = self._rows(input_ids, labels, inputs["attention_mask"])
-        total, agreed = chunked_divergence(
-            hidden[rows],
-            self.llm.lm_head.weight,
-            target[rows],
-            teacher.lm_head.weight,
-            direction=options["direction"],
-            temperature=options["temperature"],
-            chunk_rows=options["chunk_rows"],
-        )
-        count = rows.sum().clamp(min=1)
-        loss = total / (count if options["reduction"] == "mean" else len(input_ids))
-        return {"loss": loss, "kl_per_token": (total / count).detach(), "agreement": agreed / count}
+        return self.llm.model(inputs_embeds=embeds, **inputs).last_hidden_state, target
 
     def _rows(self, input_ids, labels, attention_mask):
         """Positions whose next-token distributions are compared, boolean (B, L)."""

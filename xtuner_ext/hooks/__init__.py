@@ -2,6 +2,7 @@
 
 from .checkpoint import SafeCheckpointHook
 from .export import ExportTeacherHook
+from .held_out import HeldOutHook
 from .train_loop import ResumableTrainLoop
 
-__all__ = ["ExportTeacherHook", "ResumableTrainLoop", "SafeCheckpointHook"]
+__all__ = ["ExportTeacherHook", "HeldOutHook", "ResumableTrainLoop", "SafeCheckpointHook"]

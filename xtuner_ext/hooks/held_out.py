@@ -1,0 +1,114 @@
+"""Measures on held-out samples while a student trains, by training token."""
+
+import json
+import time
+from pathlib import Path
+
+import torch
+from mmengine.dist import get_world_size, master_only
+from mmengine.hooks import Hook
+from mmengine.logging import print_log
+from mmengine.model import is_model_wrapper
+from xtuner.registry import BUILDER
+
+from ..data.collate import conversation_collate
+from ..data.masking import next_token_rows
+
+TOKENS_SEEN = "tokens_seen"
+
+
+class HeldOutHook(Hook):
+    """Compares student and teacher on held-out samples and appends the measures to ``held_out.jsonl``.
+
+    Each line holds ``iter``, ``tokens`` (trained on so far in this stage, padding not counted), ``seconds`` of
+    this run without the measuring itself, and the measures of
+    :class:`~xtuner_ext.evaluation.fidelity.Tally`. The dataset is the training one with another meta file.
+
+    Args:
+        meta (str): Meta JSON of held-out samples.
+        interval (int): Iterations between measurements; the first and the last are always made.
+        limit (int): Samples, spread evenly over the data.
+        batch_size (int): Samples per forward pass.
+    """
+
+    # After the optimizer's step, before anything is logged or saved.
+    priority = "LOW"
+
+    def __init__(self, meta, interval=50, limit=64, batch_size=8):
+        self.meta, self.interval, self.limit, self.batch_size = meta, interval, limit, batch_size
+        self.batches, self.spent = None, 0.0
+
+    def before_train(self, runner):
+        """Load the samples; measure the start, unless this is a resumed run."""
+        dataset = BUILDER.build({**runner.cfg.train_dataloader.dataset, "meta": self.meta})
+        count = min(self.limit, len(dataset))
+        chosen = [index * len(dataset) // count for index in range(count)]
+        self.batches = [
+            conversation_collate([dataset[i] for i in chosen[start : start + self.batch_size]])["data"]
+            for start in range(0, count, self.batch_size)
+        ]
+        self.path = Path(runner.work_dir) / "held_out.jsonl"
+        self.started, self.spent = time.monotonic(), 0.0
+        self._forget_after(runner.iter)
+        if runner.iter == 0:
+            self._measure(runner)
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        """Count tokens; measure at the interval and at the end."""
+        done, hub = runner.iter + 1, runner.message_hub
+        tokens = int(data_batch["data"]["attention_mask"].sum()) * get_world_size()
+        hub.update_info(TOKENS_SEEN, self._seen(hub) + tokens)
+        if done % self.interval == 0 or done == runner.max_iters:
+            self._measure(runner, done)
+
+    @master_only
+    def _forget_after(self, iteration):
+        # Measured after the checkpoint that this run goes on from, or by an earlier run.
+        if self.path.is_file():
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if iteration and json.loads(line)["iter"] <= iteration]
+            self.path.write_text("".join(kept), encoding="utf-8")
+
+    @staticmethod
+    def _seen(hub):
+        return hub.get_info(TOKENS_SEEN) if TOKENS_SEEN in hub.runtime_info else 0
+
+    @master_only
+    @torch.no_grad()
+    def _measure(self, runner, done=0):
+        from ..evaluation.fidelity import Tally, tally_rows
+
+        begun = time.monotonic()
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        training = model.training
+        model.eval()
+        total = Tally()
+        for batch in self.batches:
+            data = {key: value.to(model.llm.device) for key, value in batch.items()}
+            labels = data.pop("labels")
+            rows = next_token_rows(labels)
+            with runner.optim_wrapper.optim_context(model):
+                student, teacher = model.final_states(**data)
+                total.add(
+                    tally_rows(
+                        student[rows], model.llm.lm_head.weight, teacher[rows], model.teacher_head, labels.roll(-1, 1)[rows]
+                    )
+                )
+        model.train(training)
+        self.spent += time.monotonic() - begun
+        measures = total.measures()
+        line = {
+            "iter": done,
+            "tokens": self._seen(runner.message_hub),
+            "seconds": round(time.monotonic() - self.started - self.spent, 1),
+            **{key: measures[key] for key in ("kl", "agreement", "perplexity", "teacher_perplexity")},
+        }
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        for key in ("kl", "agreement", "perplexity"):
+            runner.message_hub.update_scalar(f"held_out/{key}", line[key])
+        print_log(
+            f"held out after {line['tokens']:,} tokens: KL {line['kl']:.4f}, same first word {line['agreement']:.1%}, "
+            f"perplexity {line['perplexity']:.2f} (teacher {line['teacher_perplexity']:.2f})",
+            logger="current",
+        )
