@@ -5,6 +5,7 @@ from xtuner_ext.data.collate import conversation_collate
 from xtuner_ext.data.dataset import ConversationDataset
 from xtuner_ext.data.samplers import ResumableInfiniteSampler
 from xtuner_ext.data.sources.digits import make_digits
+from xtuner_ext.hooks import HeldOutHook
 
 teacher = "digits-teacher"  # the model that the package ships, or a folder
 data_dir = "work_dirs/digits/data"
@@ -29,3 +30,4 @@ train_dataloader = dict(
     sampler=dict(type=ResumableInfiniteSampler, shuffle=True),
     collate_fn=dict(type=conversation_collate),
 )
+custom_hooks = [dict(type=HeldOutHook, meta=eval_data, interval=100, limit=120, batch_size=60)]

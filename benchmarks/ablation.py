@@ -1,0 +1,87 @@
+"""python benchmarks/ablation.py --teacher digits --seeds 2: what each switch of the improved recipe brings.
+
+Every row changes one thing in the improved recipe and trains all three stages of a linear student again. The
+measure is the student's KL to its teacher on held-out samples; ``worse by`` is the ratio to the unchanged recipe's.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+from training import REPOSITORY, held_out, machine, train
+
+# Name -> config changes per stage; "all" applies to every stage.
+VARIANTS = {
+    "improved recipe": {},
+    "attention's rotary positions left out": {"all": {"model.mixer.use_rope": False}},
+    "q and k not brought to unit length": {"all": {"model.mixer.qk_norm": None}},
+    "gates start shut": {"all": {"model.seeding.gate": "xavier"}},
+    "decay rates -e, random time steps": {"all": {"model.seeding.A_log": 1.0, "model.seeding.dt_spacing": "random"}},
+    "slow heads only: steps 0.0001 to 0.01": {"all": {"model.seeding.dt_min": 1e-4, "model.seeding.dt_max": 1e-2}},
+    "no convolution": {"all": {"model.mixer.conv_kernel": 0}},
+    "no SiLU after the convolution": {"all": {"model.mixer.conv_activation": None}},
+    "layer errors not divided by their energy": {
+        "1": {"model.alignment.normalise": False, "model.alignment.scale": 1000.0},
+        "2": {"model.alignment.normalise": False, "model.alignment.scale": 1000.0},
+    },
+    "aligned after the output projection, which trains": {
+        "1": {"model.alignment.after_projection": True},
+        "2": {"model.alignment.after_projection": True, "model.trainable": "projections"},
+    },
+    "every token matched in stage 3": {"3": {"model.divergence.tokens": "all"}},
+    "reverse KL": {"3": {"model.divergence.direction": "reverse"}},
+    "Jensen-Shannon": {"3": {"model.divergence.direction": "js"}},
+    "temperature 2": {"3": {"model.divergence.temperature": 2.0}},
+    "only mixers train in stage 3": {"3": {"model.trainable": "mixers"}},
+    "the rest trains at a tenth of the rate": {"3": {"optim_wrapper.paramwise_cfg": "dict(rest_lr_mult=0.1)"}},
+}
+
+
+def main():
+    """Run what is missing and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", choices=("digits", "smollm2"), default="digits")
+    parser.add_argument("--iterations", type=int, nargs=3, default=(100, 100, 300), metavar="N", help="of stages 1, 2, 3")
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--only", nargs="+", default=list(VARIANTS), metavar="VARIANT")
+    parser.add_argument("--work-dir", type=Path, default=REPOSITORY / "work_dirs" / "ablation")
+    parser.add_argument("--json", action="store_true", help="end with the numbers on one line")
+    args = parser.parse_args()
+    rows = {name: [run(args, name, seed) for seed in range(args.seeds)] for name in args.only}
+    print_table(rows, args)
+    if args.json:
+        print(json.dumps({"teacher": args.teacher, "rows": rows}))
+
+
+def run(args, name, seed):
+    """dict: The last held-out measures of one variant's linear student."""
+    base = args.work_dir / args.teacher / "-".join(map(str, args.iterations)) / slug(name) / str(seed)
+    project, changes = f"mmmamba/{args.teacher}", VARIANTS[name]
+    for number, (stage, count) in enumerate(zip(("stage1", "stage2", "stage3_linear"), args.iterations), start=1):
+        options = {**changes.get("all", {}), **changes.get(str(number), {})}
+        train(f"{project}/{stage}", base / stage, count, options, seed)
+    return held_out(base / "stage3_linear")[-1]
+
+
+def print_table(rows, args):
+    """Print one Markdown row per variant."""
+    base = [row["kl"] for row in next(iter(rows.values()))]
+    print(f"| change | KL | worse by | same first word |\n|---|---:|---:|---:|")
+    for name, results in rows.items():
+        kl = [row["kl"] for row in results]
+        # Seed by seed, so that what a seed has in common falls out.
+        ratio = statistics.mean(ours / theirs for ours, theirs in zip(kl, base))
+        spread = f" ± {statistics.stdev(kl):.4f}" if len(kl) > 1 else ""
+        agreement = statistics.mean(row["agreement"] for row in results)
+        print(f"| {name} | {statistics.mean(kl):.4f}{spread} | {ratio:.2f} | {agreement:.1%} |")
+    print(f"\n{args.teacher}, linear student, {args.seeds} seeds, {args.iterations} iterations; {machine()}")
+
+
+def slug(name):
+    """str: A folder's name for a variant."""
+    return "".join(letter if letter.isalnum() else "_" for letter in name)
+
+
+if __name__ == "__main__":
+    main()

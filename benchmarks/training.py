@@ -1,0 +1,70 @@
+"""Training runs of the benchmarks: real configs through the command line, each finished stage kept and reused."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))
+
+
+def schedule(iterations):
+    """Config changes that fit a stage's schedule to a number of iterations.
+
+    Args:
+        iterations (int): Iterations of the stage.
+
+    Returns:
+        dict: ``KEY: VALUE`` for ``--cfg-options``; warm-up over a tenth, then flat, then cosine from a third on.
+    """
+    warm, decay = max(1, iterations // 10), max(1, iterations // 3)
+    return {
+        "train_cfg.max_iters": iterations,
+        "param_scheduler.0.end": warm,
+        "param_scheduler.1.begin": decay,
+        "param_scheduler.1.end": iterations,
+    }
+
+
+def train(config, work_dir, iterations, options=None, seed=0):
+    """Run one stage, unless it was run before.
+
+    Args:
+        config (str): Path below ``projects``, without suffix.
+        work_dir (Path): The stage's folder; the stage before lies beside it.
+        iterations (int): Iterations.
+        options (dict, optional): Config changes.
+        seed (int): Of the data order, and of new weights.
+
+    Raises:
+        SystemExit: When training fails, with its last words.
+    """
+    values = {**schedule(iterations), "model.seed": seed, "default_hooks.checkpoint.interval": iterations, **(options or {})}
+    note, wanted = work_dir / "options.json", json.dumps({"config": config, "seed": seed, **values}, sort_keys=True)
+    if note.is_file() and note.read_text() == wanted and (work_dir / f"iter_{iterations}.pth").is_file():
+        return
+    command = [sys.executable, "-m", "xtuner_ext.cli", "train", str(REPOSITORY / "projects" / f"{config}.py")]
+    command += ["--work-dir", str(work_dir), "--seed", str(seed), "--cfg-options"]
+    command += [f"{key}={value}" for key, value in values.items()]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\nended with status {done.returncode}:\n{done.stderr[-3000:]}")
+    note.write_text(wanted)
+
+
+def held_out(work_dir):
+    """list[dict]: What a stage measured on held-out samples, in order of its tokens."""
+    return [json.loads(line) for line in (work_dir / "held_out.jsonl").read_text().splitlines()]
+
+
+def machine():
+    """str: Processor, threads and torch, for the line under a table."""
+    import platform
+
+    import torch
+
+    names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+    what = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{names[0] if names else platform.processor()}"
+    return f"{what}, {torch.get_num_threads()} threads, torch {torch.__version__.split('+')[0]}"
