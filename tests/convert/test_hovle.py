@@ -132,17 +132,6 @@ def test_written_back_bit_by_bit(checkpoint):
         assert torch.equal(back[key], tensor), key
 
 
-@pytest.mark.parametrize("kv_heads", [2, 4, 1], ids=["grouped", "one each", "shared by all"])
-def test_packed_projection_splits_and_merges_bit_by_bit(kv_heads):
-    heads = 4
-    config = hovle.model_config(reference.hovle_config(num_key_value_heads=kv_heads))
-    packed = torch.randn((heads + 2 * kv_heads) * 8, 32)
-    parts = hovle.split_wqkv(config, packed)
-    assert torch.equal(hovle.merge_wqkv(config, *parts), packed)
-    for ours, theirs in zip(parts, reference.split_wqkv(packed, heads, kv_heads)):
-        assert torch.equal(ours, theirs.flatten(0, 1))
-
-
 def full_config():
     return hovle.model_config(reference.hovle_config(full=True))
 

@@ -5,10 +5,9 @@ stack with one global index. Two of its tensors are never read on the image path
 parameters, but the map carries them under ``unread.`` so that a checkpoint can be written back bit by bit.
 """
 
-import torch
-
 from ..errors import UserError
 from ..modeling.configuration import HybridVLConfig
+from .internlm2 import LAYER_KEYS, PACKED_KEY, PROJECTIONS, merge_wqkv, split_wqkv
 
 NAME = "HoVLE"
 
@@ -26,17 +25,6 @@ FIXED_KEYS = {
     "language_model.model.norm.weight": "model.norm.weight",
     "language_model.output.weight": "lm_head.weight",
 }
-LAYER_KEYS = {
-    "attention.wo.weight": "mixer.o_proj.weight",
-    "feed_forward.w1.weight": "mlp.gate_proj.weight",
-    "feed_forward.w3.weight": "mlp.up_proj.weight",
-    "feed_forward.w2.weight": "mlp.down_proj.weight",
-    "attention_norm.weight": "input_layernorm.weight",
-    "ffn_norm.weight": "post_attention_layernorm.weight",
-}
-PACKED_KEY = "attention.wqkv.weight"
-PROJECTIONS = ("mixer.q_proj.weight", "mixer.k_proj.weight", "mixer.v_proj.weight")
-
 # Fields in which the two halves must agree, because one stack has one width.
 SHARED_FIELDS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "hidden_act")
 
@@ -184,32 +172,6 @@ def to_checkpoint(config, state):
         elif suffix in layer:
             renamed[f"{prefix}.{layer[suffix]}"] = tensor
     return renamed
-
-
-def split_wqkv(config, weight):
-    """Split InternLM2's packed projection, whose rows are grouped per key/value head as [q.., k, v].
-
-    Args:
-        config (HybridVLConfig): Gives head counts.
-        weight (Tensor): ((H + 2G) * P, D).
-
-    Returns:
-        tuple[Tensor, Tensor, Tensor]: q (H*P, D), k (G*P, D) and v (G*P, D).
-    """
-    width, per_group = weight.shape[1], config.num_attention_heads // config.num_key_value_heads
-    groups = weight.view(config.num_key_value_heads, per_group + 2, config.head_dim, width)
-    return (
-        groups[:, :per_group].reshape(-1, width),
-        groups[:, per_group].reshape(-1, width),
-        groups[:, per_group + 1].reshape(-1, width),
-    )
-
-
-def merge_wqkv(config, q, k, v):
-    """Inverse of :func:`split_wqkv`."""
-    width, groups = q.shape[1], config.num_key_value_heads
-    parts = [part.reshape(groups, -1, config.head_dim, width) for part in (q, k, v)]
-    return torch.cat(parts, dim=1).reshape(-1, width)
 
 
 def unread_shapes(config):

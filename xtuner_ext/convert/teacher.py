@@ -11,10 +11,11 @@ from transformers.utils import logging
 from ..errors import UserError
 from ..modeling import HybridVLConfig, HybridVLForCausalLM
 from ..modeling.processing import HybridVLProcessor
-from . import hovle
+from . import hovle, internlm2, llama, qwen2
 from .checkpoint import read_config_json, read_state
+from .llama import EMBEDDING, HEAD
 
-FAMILIES = (hovle,)
+FAMILIES = (hovle, internlm2, llama, qwen2)
 
 # Where configs may point for the teacher that the package ships.
 EMBEDDED = {"digits-teacher": Path(__file__).parent.parent / "assets" / "digits_teacher"}
@@ -92,15 +93,19 @@ def load_teacher(pretrained_model_name_or_path, dtype=None, attn_implementation=
 def load_exactly(model, state, where):
     """Load tensors and insist on every key and shape.
 
+    A head that is the embedding may be absent; the two stay one parameter.
+
     Args:
         model (HybridVLForCausalLM): Receives the tensors; its parameters may be on meta.
         state (dict[str, Tensor]): Our names; ``unread.`` entries are left out.
         where (str | Path): Names the source in messages.
 
     Raises:
-        UserError: For a missing, surplus or misshapen tensor.
+        UserError: For a missing, surplus or misshapen tensor, or a tied head that differs from the embedding.
     """
     state = {key: tensor for key, tensor in state.items() if not key.startswith("unread.")}
+    if model.config.tie_word_embeddings:
+        _share_head(state, where)
     expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     missing, surplus = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
     if missing:
@@ -111,8 +116,21 @@ def load_exactly(model, state, where):
         if tuple(state[key].shape) != shape:
             raise UserError(f"{where}: {key} has shape {tuple(state[key].shape)}, expected {shape}")
     model.load_state_dict(state, strict=True, assign=True)
+    # Assigned tensors are parameters of their own.
+    model.tie_weights()
     for parameter in model.parameters():
         parameter.requires_grad_(True)
+
+
+def _share_head(state, where):
+    embedding, head = state.get(EMBEDDING), state.get(HEAD)
+    if embedding is None or head is None:
+        state.update({key: tensor for key, tensor in ((EMBEDDING, head), (HEAD, embedding)) if tensor is not None})
+    elif not (embedding.is_meta or head.is_meta or torch.equal(embedding, head)):
+        raise UserError(
+            f"{where}: the configuration says tie_word_embeddings, but {HEAD} differs from {EMBEDDING}: "
+            "set tie_word_embeddings to false in config.json"
+        )
 
 
 def load_processor(pretrained_model_name_or_path, max_tiles=None, trust_remote_code=False):

@@ -66,7 +66,8 @@ class HybridVLConfig(PreTrainedConfig):
             "num_channels", "downsample_ratio"}``; the front end is ``patch`` or ``vit``, which has ``tower``,
             ``tower_config``, ``select_layer`` and ``projector`` besides.
         image_token_id (int | None): Token replaced by a visual vector.
-        template (str): Name of the conversation template that the model was trained with.
+        template (str | None): Name of the conversation template that the model was trained with; None where
+            its folder names none.
         num_embedding_layers (int): Leading layers that HoVLE keeps in its holistic embedding.
         embedding_overrides (dict | None): Of ``rope_parameters``, ``max_position_embeddings`` and
             ``rms_norm_eps``, those in which the holistic embedding differs from the language model.
@@ -100,7 +101,7 @@ class HybridVLConfig(PreTrainedConfig):
     mixer: dict | None = None
     vision: dict | None = None
     image_token_id: int | None = None
-    template: str = "internlm2-chat"
+    template: str | None = "internlm2-chat"
     num_embedding_layers: int = 0
     embedding_overrides: dict | None = None
     key_layout: str | None = None
