@@ -1,12 +1,14 @@
-"""Reading safetensors folders and writing folders that appear whole or not at all."""
+"""Reading weight folders and writing folders that appear whole or not at all."""
 
 import contextlib
 import json
 import os
+import pickle
 import shutil
 import tempfile
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import UserError
@@ -30,14 +32,29 @@ def read_config_json(folder):
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"model folder {folder} has no config.json")
+    return read_json(path)
+
+
+def read_json(path):
+    """Read a JSON file.
+
+    Args:
+        path (Path): Existing file.
+
+    Returns:
+        dict: Its content.
+
+    Raises:
+        UserError: When it is broken.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
 
 
-def safetensors_files(folder):
-    """The weight files of a model folder, by its index when it has one.
+def weight_files(folder):
+    """The weight files of a model folder, by its index when it has one; safetensors before pickled tensors.
 
     Args:
         folder (str | Path): Model folder.
@@ -48,18 +65,19 @@ def safetensors_files(folder):
     Raises:
         UserError: When a file is missing.
     """
-    folder = Path(folder)
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    elif single.is_file():
-        names = [single.name]
-    else:
-        raise UserError(f"model folder {folder} has neither {single.name} nor {index.name}")
-    for name in names:
-        if not (folder / name).is_file():
-            raise UserError(f"{index} names {name}, which does not exist")
-    return [folder / name for name in names]
+    folder, singles = Path(folder), ("model.safetensors", "pytorch_model.bin")
+    for single in singles:
+        index = folder / f"{single}.index.json"
+        if index.is_file():
+            names = sorted(set(read_json(index)["weight_map"].values()))
+            for name in names:
+                if not (folder / name).is_file():
+                    raise UserError(f"{index} names {name}, which does not exist")
+            return [folder / name for name in names]
+        if (folder / single).is_file():
+            return [folder / single]
+    expected = [name for single in singles for name in (single, f"{single}.index.json")]
+    raise UserError(f"model folder {folder} has no weights, expected one of {', '.join(expected)}")
 
 
 def read_state(folder):
@@ -75,14 +93,24 @@ def read_state(folder):
         UserError: For a missing or damaged file.
     """
     state = {}
-    for path in safetensors_files(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():
-                    state[key] = file.get_tensor(key)
-        except SafetensorError as error:
-            raise UserError(f"{path} is not a readable safetensors file: {error}") from error
+    for path in weight_files(folder):
+        state.update(_read_safetensors(path) if path.suffix == ".safetensors" else _read_pickled(path))
     return state
+
+
+def _read_safetensors(path):
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def _read_pickled(path):
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise UserError(f"{path} is not a readable file of tensors: {str(error).splitlines()[0]}") from error
 
 
 @contextlib.contextmanager

@@ -5,17 +5,17 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoTokenizer
+from transformers import AddedToken, AutoTokenizer
 from transformers.utils import logging
 
 from ..errors import UserError
 from ..modeling import HybridVLConfig, HybridVLForCausalLM
 from ..modeling.processing import HybridVLProcessor
-from . import hovle, internlm2, llama, qwen2
+from . import hovle, internlm2, internvl2, llama, llava, qwen2
 from .checkpoint import read_config_json, read_state
 from .llama import EMBEDDING, HEAD
 
-FAMILIES = (hovle, internlm2, llama, qwen2)
+FAMILIES = (hovle, internvl2, llava, internlm2, llama, qwen2)
 
 # Where configs may point for the teacher that the package ships.
 EMBEDDED = {"digits-teacher": Path(__file__).parent.parent / "assets" / "digits_teacher"}
@@ -71,10 +71,7 @@ def load_teacher(pretrained_model_name_or_path, dtype=None, attn_implementation=
     folder = resolve_folder(pretrained_model_name_or_path)
     family = teacher_family(folder)
     raw = read_config_json(folder)
-    try:
-        config = HybridVLConfig.from_dict(raw) if family is None else family.model_config(raw, folder / "config.json")
-    except ValueError as error:
-        raise UserError(f"{folder / 'config.json'}: {error}") from error
+    config = _model_config(family, raw, folder / "config.json")
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     config._attn_implementation = _attention(dtype) if attn_implementation == "auto" else attn_implementation
     empty = _meta_context()
@@ -82,6 +79,8 @@ def load_teacher(pretrained_model_name_or_path, dtype=None, attn_implementation=
         model = HybridVLForCausalLM(config)
     if not empty:
         state = read_state(folder)
+        if family is llava:
+            state.update(llava.companion_state(raw, folder / "config.json", state))
         if family is not None:
             state = family.to_model(config, state)
         load_exactly(model, state, folder)
@@ -150,16 +149,36 @@ def load_processor(pretrained_model_name_or_path, max_tiles=None, trust_remote_c
     folder = resolve_folder(pretrained_model_name_or_path)
     family, raw = teacher_family(folder), read_config_json(folder)
     tokenizer = _load_tokenizer(folder, trust_remote_code)
+    config = _model_config(family, raw, folder / "config.json")
     if family is None:
         processor = HybridVLProcessor.from_pretrained(folder)
         processor.tokenizer = tokenizer
     else:
-        config = family.model_config(raw, folder / "config.json")
         settings = family.processor_settings(raw, folder / "config.json")
         processor = HybridVLProcessor(tokenizer, tokens_per_tile=config.tokens_per_tile, **settings)
+    if config.vision is not None:
+        _know_image_token(tokenizer, processor.image_context, config, folder)
     if max_tiles is not None:
         processor.max_tiles = max_tiles
     return processor
+
+
+def _model_config(family, raw, where):
+    try:
+        return HybridVLConfig.from_dict(raw) if family is None else family.model_config(raw, where)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def _know_image_token(tokenizer, token, config, folder):
+    if token not in tokenizer.get_vocab():
+        # LLaVA's own tokenizer lacks it; the key map keeps the id behind its vocabulary free.
+        tokenizer.add_tokens([AddedToken(token, special=True, normalized=False)], special_tokens=True)
+    found = tokenizer.convert_tokens_to_ids(token)
+    if found != config.image_token_id:
+        raise UserError(
+            f"the tokenizer of {folder} gives {token} the id {found}, config.json expects {config.image_token_id}"
+        )
 
 
 def _load_tokenizer(folder, trust_remote_code):

@@ -55,7 +55,7 @@ def render(template, turns, system=None):
     text = ""
     for number, (question, answer) in enumerate(turns):
         text += template.prompt(question, first=number == 0, system=system)
-        text += "" if answer is None else answer + template.suffix
+        text += "" if answer is None else template.answer(answer)
     return text
 
 

@@ -1,0 +1,141 @@
+"""What the key maps of vision-language families share."""
+
+import json
+from pathlib import Path
+
+from ..errors import UserError
+from ..modeling.vit import tower_depth
+from . import internlm2, llama, qwen2
+
+TEXT_MAPS = {"internlm2": internlm2, "llama": llama, "qwen2": qwen2}
+TOWER, UNREAD = "vision.tower.", "unread."
+LAYERS = (TOWER + "encoder.layer.", TOWER + "encoder.layers.")
+
+
+def need(raw, path, where):
+    """Look a field of config.json up.
+
+    Args:
+        raw (dict): Content of config.json.
+        path (str): Names joined by dots, such as ``vision_config.hidden_size``.
+        where (str): The file's name, for messages.
+
+    Returns:
+        object: The value.
+
+    Raises:
+        UserError: When it is missing.
+    """
+    for name in path.split("."):
+        if not isinstance(raw, dict) or name not in raw:
+            raise UserError(f"{where}: {path} is missing")
+        raw = raw[name]
+    return raw
+
+
+def refuse_other(raw, expected, where):
+    """Insist on the variants that a map covers.
+
+    Args:
+        raw (dict): Content of config.json or of a part of it.
+        expected (dict): Supported value by field; a field that is absent passes.
+        where (str): The file's name, for messages.
+
+    Raises:
+        UserError: For another value.
+    """
+    for field, value in expected.items():
+        if raw.get(field, value) != value:
+            raise UserError(f"{where}: {field} is {raw[field]!r}, only {value!r} is supported")
+
+
+def text_map(model_type, where):
+    """Find the key map of the language part.
+
+    Args:
+        model_type (str): Its model type.
+        where (str): File and field, for messages.
+
+    Returns:
+        module: The map.
+
+    Raises:
+        UserError: For a type that no map covers.
+    """
+    if model_type not in TEXT_MAPS:
+        raise UserError(f"{where} has model_type {model_type!r}, expected one of {', '.join(TEXT_MAPS)}")
+    return TEXT_MAPS[model_type]
+
+
+def mark_unread(vision, state):
+    """Set aside the tower's tensors that no forward pass reads, under ``unread.``.
+
+    Args:
+        vision (dict): ``config.vision``.
+        state (dict[str, Tensor]): Tensors under our names.
+
+    Returns:
+        dict[str, Tensor]: The same tensors.
+    """
+    depth = tower_depth(vision)
+
+    def unread(key):
+        for prefix in LAYERS:
+            if key.startswith(prefix):
+                return int(key.removeprefix(prefix).split(".")[0]) >= depth
+        return key.startswith(TOWER + "post_layernorm.") or key == TOWER + "embeddings.position_ids"
+
+    return {UNREAD + key if unread(key) else key: tensor for key, tensor in state.items()}
+
+
+def split_vision(state):
+    """Part our tensors.
+
+    Args:
+        state (dict[str, Tensor]): Our names; unread ones under ``unread.``.
+
+    Returns:
+        tuple[dict, dict]: The front end's, without ``unread.``, and the language part's as they are.
+    """
+    vision, text = {}, {}
+    for key, tensor in state.items():
+        name = key.removeprefix(UNREAD)
+        if name.startswith("vision."):
+            vision[name] = tensor
+        else:
+            text[key] = tensor
+    return vision, text
+
+
+def added_token_id(folder, token):
+    """Id of a token that was added to a tokenizer, read from its files so that none of its code runs.
+
+    Args:
+        folder (str | Path): Model folder.
+        token (str): Such as ``<IMG_CONTEXT>``.
+
+    Returns:
+        int: Its id.
+
+    Raises:
+        UserError: When no file of the folder names it.
+    """
+    folder, readers = Path(folder), {
+        "added_tokens.json": lambda content: content.get(token),
+        "tokenizer_config.json": lambda content: next(
+            (int(i) for i, t in content.get("added_tokens_decoder", {}).items() if t["content"] == token), None
+        ),
+        "tokenizer.json": lambda content: next(
+            (t["id"] for t in content.get("added_tokens", ()) if t["content"] == token), None
+        ),
+    }
+    for name, read in readers.items():
+        path = folder / name
+        if path.is_file():
+            try:
+                found = read(json.loads(path.read_text(encoding="utf-8")))
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise UserError(f"{path} is not valid JSON: {error}") from error
+            if found is not None:
+                return found
+    raise UserError(f"{folder} has no token {token}: expected it in one of {', '.join(readers)}")
