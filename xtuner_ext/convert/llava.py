@@ -289,7 +289,7 @@ def _normalisation(fields, file):
     if found == (None, None):
         return "clip"
     for name, values in NORMALISATION.items():
-        if None not in found and np.shape(found) == np.shape(values) and np.allclose(found, values, atol=1e-6):
+        if all(np.shape(a) == (3,) and np.allclose(a, b, atol=1e-6) for a, b in zip(found, values)):
             return name
     raise UserError(
         f"{file}: image_mean {found[0]} with image_std {found[1]} is none of the known normalisations: "
