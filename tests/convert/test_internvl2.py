@@ -238,6 +238,7 @@ def message_of(folder):
         (dict(vision_config__norm_type="batch_norm"), "vision_config.norm_type is 'batch_norm', expected"),
         (dict(vision_config__qk_normalization=True, vision_config__layer_norm_eps=1e-5), "layer_norm_eps is 1e-05, with"),
         (dict(llm_config__model_type="phi3"), "llm_config has model_type 'phi3', expected one of internlm2, llama, qwen2"),
+        (dict(force_image_size=20), "a tile of 20 pixels gives 2.5 tokens a side"),
         (dict(llm_config__vocab_size=7), "llm_config.vocab_size is 7, but <IMG_CONTEXT> has the id"),
     ],
     ids=lambda value: "" if isinstance(value, str) else next(iter(value)),

@@ -1,21 +1,24 @@
 """LLaVA-1.5 checkpoints of both kinds in and out, against transformers' own model."""
 
+import copy
 import json
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from accelerate import init_empty_weights
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import CLIPImageProcessor, LlavaProcessor
+from transformers import CLIPImageProcessor, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from tests.reference.vision_language import clip_preprocessor, write_json, write_llava, write_original_llava
 from xtuner_ext.convert import llava, load_teacher
 from xtuner_ext.convert.checkpoint import read_state
-from xtuner_ext.convert.teacher import load_processor, teacher_family
+from xtuner_ext.convert.teacher import load_exactly, load_processor, teacher_family
 from xtuner_ext.errors import UserError
+from xtuner_ext.modeling import HybridVLForCausalLM
 
 LAYOUTS = ["hub", "transformers", "nested-4", "nested-5"]
 TOKENS = 16
@@ -111,6 +114,39 @@ def test_the_authors_tower_may_lie_anywhere(tmp_path, tokenizer):
     theirs, _ = write_original_llava(tmp_path / "model", tokenizer, mm_vision_tower=str(tmp_path / "clip"))
     shutil.move(tmp_path / "model" / "openai" / "clip-tiny", tmp_path / "clip")
     compare(tmp_path / "model", theirs, (1,))
+
+
+def test_published_7B_fits_exactly():
+    """transformers' own structure gives names, shapes and count; one CLIP layer and a norm are never read."""
+    raw = {
+        "model_type": "llava",
+        "image_token_index": 32000,
+        "text_config": {"model_type": "llama", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "vocab_size": 32064},
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            **dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16),
+            **dict(image_size=336, patch_size=14),
+        },
+    }
+    with init_empty_weights():
+        theirs = LlavaForConditionalGeneration(LlavaConfig.from_dict(copy.deepcopy(raw)))
+        config = llava.model_config(raw)
+        model = HybridVLForCausalLM(config)
+    state = llava.to_model(config, theirs.state_dict())
+    load_exactly(model, state, "checkpoint")
+    unread = sum(tensor.numel() for key, tensor in state.items() if key.startswith("unread."))
+    assert unread == 12_596_224 + 2 * 1024
+    assert sum(p.numel() for p in model.parameters()) + unread == sum(p.numel() for p in theirs.parameters()) == 7_063_427_072
+    assert config.tokens_per_tile == 576
+
+
+def test_only_the_structure_is_built_without_weights(tmp_path, tokenizer):
+    write_original_llava(tmp_path, tokenizer)
+    for path in tmp_path.rglob("*.safetensors"):
+        path.unlink()
+    with init_empty_weights():
+        model = load_teacher(tmp_path)
+    assert all(parameter.is_meta for parameter in model.parameters())
 
 
 # ---------------------------------------------------------------- processing

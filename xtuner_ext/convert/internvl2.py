@@ -7,7 +7,7 @@ import torch
 from ..errors import UserError
 from ..modeling.processing import IMAGE_CONTEXT
 from ..modeling.vit import tower_depth
-from .vision_language import TEXT_MAPS, added_token_id, mark_unread, need, refuse_other, split_vision, text_map
+from .vision_language import TEXT_MAPS, added_token_id, mark_unread, need, refuse_other, split_vision, text_map, tiling
 
 NAME = "InternVL2"
 
@@ -79,6 +79,9 @@ def model_config(raw, where="config.json"):
         "projector": "mlp1",
     }
     tower_depth(config.vision)
+    side = config.vision["image_size"] / config.vision["patch_size"] * config.vision["downsample_ratio"]
+    if side != int(side):
+        raise UserError(f"{where}: a tile of {config.vision['image_size']} pixels gives {side} tokens a side, not whole ones")
     config.image_token_id = added_token_id(Path(where).parent, IMAGE_CONTEXT)
     if config.image_token_id >= config.vocab_size:
         raise UserError(
@@ -101,13 +104,7 @@ def processor_settings(raw, where="config.json"):
     Raises:
         UserError: For a missing field; the tiling is never guessed.
     """
-    dynamic = need(raw, "dynamic_image_size", where)
-    return {
-        "image_size": raw.get("force_image_size") or need(raw, "vision_config.image_size", where),
-        "min_tiles": need(raw, "min_dynamic_patch", where) if dynamic else 1,
-        "max_tiles": need(raw, "max_dynamic_patch", where) if dynamic else 1,
-        "use_thumbnail": need(raw, "use_thumbnail", where),
-    }
+    return tiling(raw, need(raw, "vision_config.image_size", where), where)
 
 
 def to_model(config, state):

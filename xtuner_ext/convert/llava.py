@@ -200,7 +200,7 @@ def _rename(state, prefixes):
 
 
 def _is_original(raw):
-    return "vision_config" not in raw and "mm_vision_tower" in raw
+    return "vision_config" not in raw and bool(raw.get("mm_vision_tower"))
 
 
 def _transformers_config(raw, where):

@@ -49,6 +49,30 @@ def refuse_other(raw, expected, where):
             raise UserError(f"{where}: {field} is {raw[field]!r}, only {value!r} is supported")
 
 
+def tiling(raw, image_size, where):
+    """Tiling of InternVL's config.json as arguments of ``HybridVLProcessor``.
+
+    Args:
+        raw (dict): Content of config.json.
+        image_size (int): Side of a tile in pixels where ``force_image_size`` gives none.
+        where (str): The file's name, for messages.
+
+    Returns:
+        dict: ``image_size``, ``min_tiles``, ``max_tiles`` and ``use_thumbnail``.
+
+    Raises:
+        UserError: For a missing field; the tiling is never guessed.
+    """
+    names = ("dynamic_image_size", "min_dynamic_patch", "max_dynamic_patch", "use_thumbnail")
+    dynamic, fewest, most, thumbnail = (need(raw, name, where) for name in names)
+    return {
+        "image_size": raw.get("force_image_size") or image_size,
+        "min_tiles": fewest if dynamic else 1,
+        "max_tiles": most if dynamic else 1,
+        "use_thumbnail": thumbnail,
+    }
+
+
 def text_map(model_type, where):
     """Find the key map of the language part.
 
