@@ -90,9 +90,8 @@ def test_a_sparse_config_means_its_classes_defaults(tmp_path, tokenizer):
     theirs = write_llava(tmp_path, tokenizer)
     path = tmp_path / "config.json"
     raw = json.loads(path.read_text())
-    for section, names in {"vision_config": ("hidden_act", "num_channels"), "text_config": ("hidden_act", "head_dim")}.items():
-        for name in names:
-            del raw[section][name]
+    for section, name in (("vision_config", "num_channels"), ("text_config", "head_dim")):
+        del raw[section]["hidden_act"], raw[section][name]
     del raw["vision_feature_select_strategy"], raw["projector_hidden_act"], raw["text_config"]["model_type"]
     write_json(path, raw)
     compare(tmp_path, theirs, (1,))
@@ -121,7 +120,7 @@ def test_published_7B_fits_exactly():
     raw = {
         "model_type": "llava",
         "image_token_index": 32000,
-        "text_config": {"model_type": "llama", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "vocab_size": 32064},
+        "text_config": dict(model_type="llama", max_position_embeddings=4096, rms_norm_eps=1e-5, vocab_size=32064),
         "vision_config": {
             "model_type": "clip_vision_model",
             **dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16),
@@ -136,7 +135,8 @@ def test_published_7B_fits_exactly():
     load_exactly(model, state, "checkpoint")
     unread = sum(tensor.numel() for key, tensor in state.items() if key.startswith("unread."))
     assert unread == 12_596_224 + 2 * 1024
-    assert sum(p.numel() for p in model.parameters()) + unread == sum(p.numel() for p in theirs.parameters()) == 7_063_427_072
+    ours, all_of_them = (sum(p.numel() for p in network.parameters()) for network in (model, theirs))
+    assert ours + unread == all_of_them == 7_063_427_072
     assert config.tokens_per_tile == 576
 
 
@@ -195,7 +195,8 @@ def test_prompts_equal_those_of_LlavaProcessor(tmp_path, tokenizer):
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
     )
-    texts, images = ["USER: <image>\nWhat? ASSISTANT:", "<image> <image> so?"], [picture(), picture((20, 40)), picture()]
+    texts = ["USER: <image>\nWhat? ASSISTANT:", "<image> <image> so?"]
+    images = [picture(), picture((20, 40)), picture()]
     ours = processor(texts, images=images)
     expected = theirs(text=texts, images=images, return_tensors="pt", padding=True)
     for key in ("input_ids", "attention_mask"):
@@ -342,7 +343,7 @@ def test_a_damaged_pickle_is_named(tmp_path, tokenizer):
     write_original_llava(tmp_path, tokenizer, pickled=True)
     path = tmp_path / "pytorch_model.bin"
     path.write_bytes(path.read_bytes()[:200])
-    assert message_of(load_teacher, tmp_path).startswith(f"{path} is not a readable file of tensors")
+    assert message_of(load_teacher, tmp_path).startswith(f"{path} is not a readable file of weights")
 
 
 def test_families_do_not_shadow_each_other(tmp_path, tokenizer):

@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import AutoModelForCausalLM
 
 from tests.reference.vision_language import write_internvl2, write_llava, write_original_llava
-from xtuner_ext.cli import chat, eval
+from xtuner_ext.cli import chat, eval, inspect
 from xtuner_ext.convert import load_teacher
 from xtuner_ext.convert.export import export_student, logits_difference
 from xtuner_ext.convert.teacher import load_processor
@@ -34,7 +34,8 @@ def teacher(request, digits, tmp_path_factory):
 
 
 def build(folder, stage, **options):
-    return DistillModel(llm=dict(type=load_teacher, pretrained_model_name_or_path=str(folder)), stage=stage, **MIXERS, **options)
+    llm = dict(type=load_teacher, pretrained_model_name_or_path=str(folder))
+    return DistillModel(llm=llm, stage=stage, **MIXERS, **options)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +105,7 @@ def test_gradient_checkpointing_reaches_the_tower(teacher, batch):
             model.gradient_checkpointing_enable()
         loss = model.compute_loss(**batch)["loss"]
         loss.backward()
-        norm = sum(p.grad.norm() for n, p in model.named_parameters() if n.startswith("llm.vision.") and p.grad is not None)
+        norm = sum(parameter.grad.norm() for parameter in model.llm.vision.parameters())
         losses.append((loss.item(), norm.item()))
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0][1] > 0
 
@@ -180,7 +181,8 @@ def test_rows_of_a_left_padded_batch_answer_as_they_do_alone(teacher, student, w
     folder = teacher if which == "teacher" else student[1]
     model = load_teacher(folder)
     processor = load_processor(folder)
-    pictures = [Image.new("RGB", size, colour) for size, colour in (((40, 30), "red"), ((20, 50), "blue"), ((16, 16), "white"))]
+    kinds = [((40, 30), "red"), ((20, 50), "blue"), ((16, 16), "white")]
+    pictures = [Image.new("RGB", size, colour) for size, colour in kinds]
     prompts = [("Is there a 7?", []), ("<image> Which is larger?", pictures[:1]), ("<image><image> Sum?", pictures[1:])]
     options = dict(max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
     together = processor([text for text, _ in prompts], images=[images for _, images in prompts])
@@ -192,6 +194,15 @@ def test_rows_of_a_left_padded_batch_answer_as_they_do_alone(teacher, student, w
 
 
 @pytest.mark.parametrize("which", ["teacher", "student"])
+def test_inspect_counts_what_is_loaded(teacher, student, which):
+    folder = teacher if which == "teacher" else student[1]
+    report = inspect.inspect_folder(str(folder))
+    own = sum(parameter.numel() for parameter in load_teacher(folder).parameters())
+    assert report["image_front_end"] == "vit" and report["models"][0]["parameters"] == own
+    assert report["stored_parameters"] >= own - 64
+
+
+@pytest.mark.parametrize("which", ["teacher", "student"])
 def test_chat_and_eval(teacher, student, which, digits, tmp_path, capsys):
     folder = str(teacher if which == "teacher" else student[1])
     picture = tmp_path / "picture.png"
@@ -199,7 +210,7 @@ def test_chat_and_eval(teacher, student, which, digits, tmp_path, capsys):
     one_shot = ["--image", str(picture), "--image", str(picture), "--prompt", "Which?", "--max-new-tokens", "4"]
     assert chat.main([folder, *one_shot]) == 0
     capsys.readouterr()
-    argv = [folder, "--data", str(digits / "test.json"), "--out", str(tmp_path / "s"), "--limit", "6", "--max-new-tokens", "2"]
-    assert eval.main(argv) == 0
+    argv = [folder, "--data", str(digits / "test.json"), "--out", str(tmp_path / "s"), "--limit", "6"]
+    assert eval.main([*argv, "--max-new-tokens", "2"]) == 0
     metrics = json.loads((tmp_path / "s" / "metrics.json").read_text())
     assert metrics["count"] == 6 and metrics["settings"]["template"] in ("vicuna_v1", "internlm2-chat")

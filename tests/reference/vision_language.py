@@ -33,7 +33,14 @@ TEXT = dict(
     max_position_embeddings=512,
     rms_norm_eps=1e-5,
 )
-TOWER = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=3, image_size=16, patch_size=4)
+TOWER = dict(
+    hidden_size=24,
+    intermediate_size=40,
+    num_hidden_layers=3,
+    num_attention_heads=3,
+    image_size=16,
+    patch_size=4,
+)
 TEXT_CONFIGS = {"llama": LlamaConfig, "internlm2": LlamaConfig, "qwen2": Qwen2Config}
 MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 
@@ -345,7 +352,8 @@ def internvl2_names(model, family):
                     # Rows of one key/value head lie together: its query heads, its key, its value.
                     heads = [theirs[key.replace("q_proj", f"{letter}_proj")] for letter in "qkv"]
                     groups = [part.unflatten(0, (TEXT["num_key_value_heads"], -1)) for part in heads]
-                    name, tensor = name.replace("self_attn.q_proj", "attention.wqkv"), torch.cat(groups, 1).flatten(0, 1)
+                    name = name.replace("self_attn.q_proj", "attention.wqkv")
+                    tensor = torch.cat(groups, 1).flatten(0, 1)
                 name = name.replace("language_model.lm_head", "language_model.output")
                 for ours, original in INTERNLM2_NAMES.items():
                     name = name.replace(ours, original)

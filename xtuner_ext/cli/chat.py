@@ -45,14 +45,14 @@ def belongs_to_stock(argv):
     if {"-h", "--help"} & set(argv):
         return False
     positional = parse_args(argv).model_name_or_path
-    from ..convert.teacher import resolve_folder, teacher_family
+    from ..convert.teacher import read_model_config, resolve_folder
 
     folder = resolve_folder(positional)
     if not folder.is_dir():
         # A name on a hub, which stock chat downloads; anything else is a path that does not exist.
         return re.fullmatch(r"[\w.-]+/[\w.-]+", positional) is not None and not folder.parent.is_dir()
     try:
-        teacher_family(folder)
+        read_model_config(folder)
     except UserError:
         # A folder that stock chat may know, as long as it is a model at all.
         return (folder / "config.json").is_file()
@@ -77,8 +77,7 @@ def main(argv):
     from transformers import TextStreamer
 
     from ..data.dataset import open_image
-    from ..data.templates import get_template
-    from .loading import load_model
+    from .loading import choose_template, load_model
     from .session import ChatSession
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -89,7 +88,7 @@ def main(argv):
     )
     if images and model.config.vision is None:
         raise UserError(f"{args.model_name_or_path} has no image front end, --image can not be used")
-    template = get_template(args.prompt_template or model.config.template)
+    _, template = choose_template(args.prompt_template, model, processor, args.model_name_or_path)
     session = ChatSession(model, processor, template, args.system, tuple(args.stop_words))
     generation = dict(
         max_new_tokens=args.max_new_tokens,

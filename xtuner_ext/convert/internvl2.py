@@ -81,11 +81,13 @@ def model_config(raw, where="config.json"):
     tower_depth(config.vision)
     side = config.vision["image_size"] / config.vision["patch_size"] * config.vision["downsample_ratio"]
     if side != int(side):
-        raise UserError(f"{where}: a tile of {config.vision['image_size']} pixels gives {side} tokens a side, not whole ones")
+        size = config.vision["image_size"]
+        raise UserError(f"{where}: a tile of {size} pixels gives {side} tokens a side, expected a whole number")
     config.image_token_id = added_token_id(Path(where).parent, IMAGE_CONTEXT)
     if config.image_token_id >= config.vocab_size:
         raise UserError(
-            f"{where}: llm_config.vocab_size is {config.vocab_size}, but {IMAGE_CONTEXT} has the id {config.image_token_id}"
+            f"{where}: llm_config.vocab_size is {config.vocab_size}, "
+            f"but {IMAGE_CONTEXT} has the id {config.image_token_id}"
         )
     config.template = need(raw, "template", where)
     return config

@@ -121,20 +121,21 @@ def processor_settings(raw, where="config.json"):
     }
 
 
-def companion_state(raw, where, state):
+def companion_state(raw, where, state, structure_only=False):
     """Tensors of the tower that the authors' checkpoints leave in its own folder.
 
     Args:
         raw (dict): Content of config.json.
         where (str): The file's path.
         state (dict[str, Tensor]): The checkpoint's own tensors.
+        structure_only (bool): Read shapes and dtypes; the tensors are on meta.
 
     Returns:
         dict[str, Tensor]: In the checkpoint's layout; empty when it has a tower.
     """
     if not _is_original(raw) or any(key.startswith(ORIGINAL_TOWER) for key in state):
         return {}
-    tower = read_state(_tower_folder(raw, where))
+    tower = read_state(_tower_folder(raw, where), structure_only)
     inner = "vision_model."
     if any(key.startswith(inner) for key in tower):
         tower = {key.removeprefix(inner): tensor for key, tensor in tower.items() if key.startswith(inner)}

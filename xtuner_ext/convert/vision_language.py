@@ -1,11 +1,11 @@
 """What the key maps of vision-language families share."""
 
-import json
 from pathlib import Path
 
 from ..errors import UserError
 from ..modeling.vit import tower_depth
 from . import internlm2, llama, qwen2
+from .checkpoint import read_json
 
 TEXT_MAPS = {"internlm2": internlm2, "llama": llama, "qwen2": qwen2}
 TOWER, UNREAD = "vision.tower.", "unread."
@@ -144,22 +144,15 @@ def added_token_id(folder, token):
     Raises:
         UserError: When no file of the folder names it.
     """
-    folder, readers = Path(folder), {
-        "added_tokens.json": lambda content: content.get(token),
-        "tokenizer_config.json": lambda content: next(
-            (int(i) for i, t in content.get("added_tokens_decoder", {}).items() if t["content"] == token), None
-        ),
-        "tokenizer.json": lambda content: next(
-            (t["id"] for t in content.get("added_tokens", ()) if t["content"] == token), None
-        ),
+    readers = {
+        "added_tokens.json": lambda content: content,
+        "tokenizer_config.json": lambda content: {
+            entry["content"]: int(index) for index, entry in content.get("added_tokens_decoder", {}).items()
+        },
+        "tokenizer.json": lambda content: {entry["content"]: entry["id"] for entry in content.get("added_tokens", ())},
     }
     for name, read in readers.items():
-        path = folder / name
-        if path.is_file():
-            try:
-                found = read(json.loads(path.read_text(encoding="utf-8")))
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise UserError(f"{path} is not valid JSON: {error}") from error
-            if found is not None:
-                return found
+        path = Path(folder) / name
+        if path.is_file() and token in (ids := read(read_json(path))):
+            return ids[token]
     raise UserError(f"{folder} has no token {token}: expected it in one of {', '.join(readers)}")

@@ -78,7 +78,8 @@ class Template:
             "{%- endfor -%}{%- endif -%}",
             "{%- if message['role'] == 'system' %}{{ " + f"{_quote(system[0])} + text.value + {_quote(system[1])}" + " }}",
             "{%- elif message['role'] == 'user' %}{{ " + f"{_quote(user[0])} + text.value + {_quote(user[1])}" + " }}",
-            "{%- else %}{{ " + f"{_quote(self.lead)} + text.value + {_quote(self.suffix + self.sep)}" + " }}{% endif -%}",
+            "{%- else %}{{ " + f"{_quote(self.lead)} + text.value + {_quote(self.suffix + self.sep)}",
+            " }}{% endif -%}",
             "{%- endfor -%}",
         ]
         return "".join(lines)
@@ -114,6 +115,9 @@ TEMPLATES = {
         stop_words=("</s>",),
         lead=" ",
     ),
+    "qwen2": _chatml("\n", "You are a helpful assistant."),
+    "qwen2_5": _chatml("\n", "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
+    "smollm2": _chatml("\n", "You are a helpful AI assistant named SmolLM, trained by Hugging Face"),
     "phi3-chat": Template(
         system="<|system|>\n{system}<|end|>",
         instruction="<|user|>\n{input}<|end|><|assistant|>\n",
@@ -122,6 +126,24 @@ TEMPLATES = {
         stop_words=("<|end|>",),
     ),
 }
+
+
+def render(template, turns, system=None):
+    """Write a conversation down up to the answer that is wanted.
+
+    Args:
+        template (Template): Conversation template.
+        turns (list[tuple[str, str | None]]): Questions and answers; the last answer is None.
+        system (str, optional): System message.
+
+    Returns:
+        str: The prompt.
+    """
+    text = ""
+    for number, (question, answer) in enumerate(turns):
+        text += template.prompt(question, first=number == 0, system=system)
+        text += "" if answer is None else template.answer(answer)
+    return text
 
 
 def get_template(name):
