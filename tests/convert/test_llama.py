@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from xtuner_ext.convert import llama, load_teacher, qwen2
 from xtuner_ext.convert.checkpoint import read_state
 from xtuner_ext.errors import UserError
+from xtuner_ext.modeling import HybridVLForCausalLM
 
 TOLERANCE = dict(rtol=1e-5, atol=1e-5)
 LLAMA3 = dict(
@@ -50,6 +51,16 @@ def test_logits_equal_those_of_transformers(variant, left_padded, is_tied):
     padded, expected = (m(ids, attention_mask=mask).logits[mask.bool()] for m in (model, theirs))
     torch.testing.assert_close(padded, expected, **TOLERANCE)
     assert is_tied(model) == theirs.config.tie_word_embeddings == is_tied(model.to(torch.bfloat16))
+
+
+@torch.no_grad()
+def test_saved_and_read_again_it_is_the_same(variant, left_padded, tmp_path_factory, is_tied):
+    folder, out = variant[0], tmp_path_factory.mktemp("saved")
+    model = load_teacher(folder)
+    model.save_pretrained(out)
+    again = HybridVLForCausalLM.from_pretrained(out).eval()
+    assert is_tied(again) == is_tied(model) and again.config.rope_parameters == model.config.rope_parameters
+    assert torch.equal(again(left_padded[0]).logits, model(left_padded[0]).logits)
 
 
 def test_written_back_bit_by_bit(variant):

@@ -234,12 +234,16 @@ def load_tokenizer(folder, trust_remote_code=False):
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        return AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         hint = "" if trust_remote_code else "; if it needs code of its own, allow that with trust_remote_code"
         raise UserError(f"{folder} has no tokenizer that loads: {str(error).splitlines()[0]}{hint}") from error
     finally:
         logging.set_verbosity(verbosity)
+    if tokenizer.get_vocab().keys() <= tokenizer.get_added_vocab().keys():
+        # Without files some classes load with no vocabulary at all.
+        raise UserError(f"{folder} has no tokenizer that loads: its files are missing")
+    return tokenizer
 
 
 def check_vocabulary(tokenizer, config, folder):
