@@ -15,7 +15,8 @@ from xtuner_ext.modeling.processing import HybridVLProcessor
 
 # As the tokenizers of SmolLM2, Qwen2.5 (tools left out), Llama 3 and zephyr write it.
 CHAT_TEMPLATES = {
-    "smollm2": """{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system
+    "smollm2": """{% for message in messages %}"""
+    """{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system
 You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>
 ' }}{% endif %}{{'<|im_start|>' + message['role'] + '
 ' + message['content'] + '<|im_end|>' + '
@@ -104,10 +105,14 @@ def test_control_tokens_that_fall_apart_are_named(tokenizer, name, message):
 
 def test_known_control_tokens_and_the_tokenizers_own_markers_are_right(tokenizer):
     check_template(get_template("internlm2_chat"), tokenizer)
-    tokenizer.chat_template = CHAT_TEMPLATES["zephyr"].replace("'<|' + message['role'] + '|>", "'<|user|><|system|><|assistant|>")
+    # Markers as plain text, as zephyr has them.
+    tokenizer.chat_template = CHAT_TEMPLATES["zephyr"] + "{# <|user|> <|system|> #}"
     check_template(fit_template("zephyr", tokenizer), tokenizer)
     tokenizer.add_tokens(["<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"], special_tokens=True)
     assert fit_template("llama3_chat", tokenizer).suffix == "<|eot_id|>"
+    tokenizer.unk_token = "<|endoftext|>"
+    tokenizer.add_tokens(["<|endoftext|>"], special_tokens=True)
+    fit_template("minicpm3", tokenizer)
 
 
 def test_a_template_without_any_end_is_refused(tokenizer):

@@ -32,7 +32,13 @@ def teacher(tmp_path_factory, write_text_model, digits_processor):
 def questions(teacher):
     """Meta file of text questions."""
     lines = [
-        {"id": str(n), "conversations": [{"from": "human", "value": f"What is {n} plus 2?"}, {"from": "gpt", "value": str(n + 2)}]}
+        {
+            "id": str(n),
+            "conversations": [
+                {"from": "human", "value": f"What is {n} plus 2?"},
+                {"from": "gpt", "value": str(n + 2)},
+            ],
+        }
         for n in range(4)
     ]
     (teacher.parent / "q.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -193,7 +199,8 @@ def test_without_a_known_template_one_is_asked_for(teacher, questions, tmp_path,
     for path in teacher.iterdir():
         if path.name != "chat_template.jinja":
             (folder / path.name).write_bytes(path.read_bytes())
-    for argv in (["chat", str(folder), "--prompt", "Hi"], ["eval", str(folder), "--data", str(questions), "--out", str(tmp_path / "s")]):
+    scores = ["--data", str(questions), "--out", str(tmp_path / "s")]
+    for argv in (["chat", str(folder), "--prompt", "Hi"], ["eval", str(folder), *scores]):
         assert xtuner_ext(argv) == 2
         error = capsys.readouterr().err
         assert f"{folder} names no conversation template" in error and "choose one with --prompt-template" in error

@@ -168,7 +168,8 @@ def print_tables(report):
     rows = {
         "family": report["family"],
         "layers": f"{report['layers']}, {kept}",
-        "heads": f"{report['attention_heads']}, {report['kv_heads']} for keys and values, of width {report['head_width']}",
+        "heads": f"{report['attention_heads']}, {report['kv_heads']} for keys and values",
+        "head width": f"{report['head_width']}",
         "hidden size": f"{report['hidden_size']:,}",
         "vocabulary": f"{report['vocabulary']:,}",
         "image front end": report["image_front_end"] or "none",

@@ -156,7 +156,8 @@ def _weight_map(index):
 
 def _refuse_gguf(folder):
     if files := sorted(folder.glob("*.gguf")):
-        raise UserError(f"model folder {folder} holds only a GGUF file, unpack it first: {GGUF_COMMAND.format(files[0])}")
+        command = GGUF_COMMAND.format(files[0])
+        raise UserError(f"model folder {folder} holds only a GGUF file, unpack it first: {command}")
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ trust_remote_code=True)`` needs nothing of this package; with the package instal
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import torch
