@@ -38,7 +38,7 @@ LLAMA, QWEN2 = {"model_type": "llama"}, {"model_type": "qwen2"}
         ({**LLAMA, "hidden_act": "sigluu"}, "hidden_act is 'sigluu'"),
         ({"model_type": "internlm2", "bias": True}, "bias is not false"),
         ({"model_type": "internlm2", "bias": False, "rope_scaling": {"type": "su"}}, "rotary scaling 'su'"),
-        ({"model_type": "gpt2"}, "model_type 'gpt2', which is none of: HoVLE, InternLM2, Llama, Qwen2"),
+        ({"model_type": "gpt2"}, "model_type 'gpt2', which is none of: HoVLE, InternVL2, LLaVA, InternLM2, Llama, Qwen2"),
     ],
 )
 def test_unsupported_architectures_are_named(tmp_path, raw, message, capsys):

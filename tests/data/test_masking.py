@@ -48,14 +48,14 @@ def test_answers_and_their_ends_are_trained_and_nothing_else(tokenizer, name, co
     ids, labels = encode_conversation(tokenizer, template, TURNS[:count])
     assert torch.equal(ids[labels != IGNORE_INDEX], labels[labels != IGNORE_INDEX])
     spans = [tokenizer.decode(span) for span in trained_spans(labels)]
-    assert spans == [answer + template.suffix for _, answer in TURNS[:count]]
+    assert spans == [template.answer(answer) for _, answer in TURNS[:count]]
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_whole_conversation_is_written_once_with_one_leading_token(tokenizer, name):
     template = get_template(name)
     ids, labels = encode_conversation(tokenizer, template, TURNS, system="Be brief.")
-    text = render(template, [*TURNS[:-1], (TURNS[-1][0], None)], "Be brief.") + TURNS[-1][1] + template.suffix
+    text = render(template, [*TURNS[:-1], (TURNS[-1][0], None)], "Be brief.") + template.answer(TURNS[-1][1])
     assert tokenizer.decode(ids) == "<s>" + text
     assert ids.tolist().count(tokenizer.bos_token_id) == 1 and labels[0] == IGNORE_INDEX
 

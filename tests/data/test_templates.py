@@ -26,6 +26,15 @@ def test_phi3_chat():
     )
 
 
+def test_vicuna_v1_is_that_of_LLaVA():
+    """As LLaVA's conversation code renders it, an answer's leading space included."""
+    assert render(get_template("vicuna_v1"), TURNS) == (
+        "A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+        "USER: Q1 ASSISTANT: A1</s>USER: Q2 ASSISTANT:"
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "head"),
     [

@@ -98,10 +98,27 @@ def test_tiles_are_normalised_channels_first(processor):
     torch.testing.assert_close(tiles[0, :, 5, 5], expected)
 
 
-@pytest.mark.parametrize("name, value", [("clip", (1 - 0.4814546) / 0.2686295), ("siglip", 1.0)])
+@pytest.mark.parametrize("name, value", [("clip", (1 - 0.48145466) / 0.26862954), ("siglip", 1.0)])
 def test_normalisation_goes_by_name(name, value):
     tiles = HybridVLProcessor(image_size=16, normalisation=name).tiles(colour("white"), max_tiles=1)
     torch.testing.assert_close(tiles[0, 0, 0, 0].item(), value)
+
+
+@pytest.mark.parametrize(
+    "fit, rows", [("pad", ["background", "red", "background"]), ("crop", ["red", "red", "red"])], ids=["pad", "crop"]
+)
+def test_one_square_of_a_wide_image(fit, rows):
+    processor = HybridVLProcessor(image_size=16, normalisation="clip", fit=fit)
+    tiles = processor.tiles(colour("red", (64, 16)), max_tiles=6)
+    assert tiles.shape == (1, 3, 16, 16)
+    # The background is CLIP's mean colour, which is nothing once normalised.
+    found = ["red" if tiles[0, 0, row, 8] > 1 else "background" for row in (1, 8, 14)]
+    assert found == rows and (fit == "crop" or tiles[0, :, 1].abs().max() < 0.02)
+
+
+def test_unknown_fit_is_named():
+    with pytest.raises(ValueError, match="unknown fit 'stretch', expected tiles, pad or crop"):
+        HybridVLProcessor(fit="stretch")
 
 
 # ---------------------------------------------------------------- colour
@@ -221,6 +238,7 @@ def test_text_alone_has_no_pixels(processor):
 
 def test_save_and_load_round_trip(processor, tmp_path):
     processor.max_tiles, processor.use_thumbnail, processor.normalisation = 3, False, "clip"
+    processor.fit, processor.image_start, processor.image_end = "pad", "", ""
     processor.save_pretrained(tmp_path)
     loaded = HybridVLProcessor.from_pretrained(tmp_path)
     assert loaded.settings == processor.settings

@@ -55,13 +55,12 @@ def inspect_folder(model, trust_remote_code=False):
     Raises:
         UserError: For a folder that is unsupported, incomplete, or whose tokenizer is of another model.
     """
-    from ..convert.checkpoint import read_state
-    from ..convert.teacher import load_exactly, read_model_config, resolve_folder
+    from ..convert.teacher import load_exactly, read_model_config, resolve_folder, stored_state
     from ..modeling import layer_types_from_attention
 
     folder = resolve_folder(model)
     family, config = read_model_config(folder)
-    stored = read_state(folder, structure_only=True)
+    stored = stored_state(folder, family, structure_only=True)
     network = _structure(config)
     load_exactly(network, stored if family is None else family.to_model(config, stored), folder)
     template, remark = _template(folder, config, trust_remote_code)

@@ -51,6 +51,21 @@ def read_config_json(folder):
     if not path.is_file():
         _refuse_gguf(folder)
         raise UserError(f"model folder {folder} has no config.json")
+    return read_json(path)
+
+
+def read_json(path):
+    """Read a JSON file.
+
+    Args:
+        path (Path): Existing file.
+
+    Returns:
+        dict: Its content.
+
+    Raises:
+        UserError: When it is broken.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

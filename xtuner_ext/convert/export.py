@@ -21,7 +21,8 @@ from .teacher import load_exactly, load_processor, load_teacher
 
 PACKAGE = Path(__file__).parent.parent
 MODELLING_FILES = (
-    *(f"modeling/{name}.py" for name in ("configuration", "cache", "mixers", "vision", "modeling", "processing")),
+    *(f"modeling/{name}.py" for name in ("configuration", "cache", "mixers", "vision", "vit", "modeling")),
+    "modeling/processing.py",
     *(f"ops/{name}.py" for name in ("ssd", "causal_conv", "window_attention")),
 )
 AUTO_MAP = {

@@ -8,6 +8,7 @@ parameters, but the map carries them under ``unread.`` so that a checkpoint can 
 from ..errors import UserError
 from ..modeling.configuration import HybridVLConfig
 from .internlm2 import LAYER_KEYS, PACKED_KEY, PROJECTIONS, merge_wqkv, split_wqkv
+from .vision_language import tiling
 
 NAME = "HoVLE"
 
@@ -110,16 +111,7 @@ def processor_settings(raw, where="config.json"):
     Raises:
         UserError: For a missing field; the tiling is never guessed.
     """
-    for name in ("dynamic_image_size", "use_thumbnail", "min_dynamic_patch", "max_dynamic_patch"):
-        if name not in raw:
-            raise UserError(f"{where}: config.{name} is missing")
-    dynamic = raw["dynamic_image_size"]
-    return {
-        "image_size": raw.get("force_image_size") or raw["embedding_config"]["image_size"],
-        "min_tiles": raw["min_dynamic_patch"] if dynamic else 1,
-        "max_tiles": raw["max_dynamic_patch"] if dynamic else 1,
-        "use_thumbnail": raw["use_thumbnail"],
-    }
+    return tiling(raw, raw["embedding_config"].get("image_size"), where)
 
 
 def to_model(config, state):

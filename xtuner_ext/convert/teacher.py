@@ -5,18 +5,18 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoTokenizer
+from transformers import AddedToken, AutoTokenizer
 from transformers.utils import logging
 
 from ..errors import UserError
 from ..modeling import HybridVLConfig, HybridVLForCausalLM
 from ..modeling.processing import HybridVLProcessor
-from . import hovle, internlm2, llama, qwen2
+from . import hovle, internlm2, internvl2, llama, llava, qwen2
 from .checkpoint import read_config_json, read_state
 from .llama import EMBEDDING, HEAD
 from .refusals import refuse_unsupported
 
-FAMILIES = (hovle, internlm2, llama, qwen2)
+FAMILIES = (hovle, internvl2, llava, internlm2, llama, qwen2)
 
 # Where configs may point for the teacher that the package ships.
 EMBEDDED = {"digits-teacher": Path(__file__).parent.parent / "assets" / "digits_teacher"}
@@ -102,13 +102,34 @@ def load_teacher(pretrained_model_name_or_path, dtype=None, attn_implementation=
     with init_empty_weights():
         model = HybridVLForCausalLM(config)
     if not empty:
-        state = read_state(folder)
+        state = stored_state(folder, family)
         if family is not None:
             state = family.to_model(config, state)
         load_exactly(model, state, folder)
         if dtype is not None:
             model = model.to(dtype)
     return model.eval()
+
+
+def stored_state(folder, family, structure_only=False):
+    """Read all tensors of a teacher, those that lie in another folder included.
+
+    Args:
+        folder (Path): Model folder.
+        family (module | None): Its key map.
+        structure_only (bool): Read shapes and dtypes; the tensors are on meta.
+
+    Returns:
+        dict[str, Tensor]: Under the family's names.
+
+    Raises:
+        UserError: For a missing or damaged file.
+    """
+    state = read_state(folder, structure_only)
+    if family is llava:
+        raw = read_config_json(folder)
+        state.update(llava.companion_state(raw, folder / "config.json", state, structure_only))
+    return state
 
 
 def load_exactly(model, state, where):
@@ -177,10 +198,23 @@ def load_processor(pretrained_model_name_or_path, max_tiles=None, trust_remote_c
     else:
         settings = family.processor_settings(read_config_json(folder), folder / "config.json")
         processor = HybridVLProcessor(tokenizer, tokens_per_tile=config.tokens_per_tile, **settings)
+    if config.vision is not None:
+        _know_image_token(tokenizer, processor.image_context, config, folder)
     check_vocabulary(tokenizer, config, folder)
     if max_tiles is not None:
         processor.max_tiles = max_tiles
     return processor
+
+
+def _know_image_token(tokenizer, token, config, folder):
+    if token not in tokenizer.get_vocab():
+        # LLaVA's own tokenizer lacks it; the key map keeps the id behind its vocabulary free.
+        tokenizer.add_tokens([AddedToken(token, special=True, normalized=False)], special_tokens=True)
+    found = tokenizer.convert_tokens_to_ids(token)
+    if found != config.image_token_id:
+        raise UserError(
+            f"the tokenizer of {folder} gives {token} the id {found}, config.json expects {config.image_token_id}"
+        )
 
 
 def load_tokenizer(folder, trust_remote_code=False):

@@ -28,10 +28,10 @@ def encode_conversation(tokenizer, template, turns, system=None):
     for number, (question, answer) in enumerate(turns):
         prompt = template.prompt(question, first=number == 0, system=system)
         prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
-        turn_ids = tokenizer(prompt + answer + template.suffix, add_special_tokens=False).input_ids
+        turn_ids = tokenizer(prompt + template.answer(answer), add_special_tokens=False).input_ids
         if turn_ids[: len(prompt_ids)] != prompt_ids:
             # The answer merges with the prompt's end; generation starts from the prompt's own tokens.
-            turn_ids = prompt_ids + tokenizer(answer + template.suffix, add_special_tokens=False).input_ids
+            turn_ids = prompt_ids + tokenizer(template.answer(answer), add_special_tokens=False).input_ids
         ids += turn_ids
         labels += [IGNORE_INDEX] * len(prompt_ids) + turn_ids[len(prompt_ids) :]
     return torch.tensor(ids), torch.tensor(labels)

@@ -14,6 +14,11 @@ INTERNVL_SYSTEM = (
 )
 INTERNVL2_5_SYSTEM = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
 
+LLAVA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Template:
@@ -26,6 +31,7 @@ class Template:
         sep (str): Between turns; not trained.
         default_system (str | None): System message when the sample brings none.
         stop_words (tuple[str, ...]): End generation besides the end-of-sequence token.
+        lead (str): Opens an answer; trained, and left to the model when it answers.
     """
 
     system: str
@@ -34,6 +40,7 @@ class Template:
     sep: str = ""
     default_system: str | None = None
     stop_words: tuple = ()
+    lead: str = ""
 
     def prompt(self, question, first=True, system=None):
         """Text up to where the answer begins.
@@ -49,6 +56,10 @@ class Template:
         system = self.default_system if system is None else system
         head = self.sep if not first else self.system.format(system=system) if system else ""
         return head + self.instruction.replace("{input}", question)
+
+    def answer(self, text):
+        """str: What the model is to say for an answer."""
+        return self.lead + text + self.suffix
 
     def jinja(self):
         """str: The same conversations as a Hugging Face chat template; images become ``<image>`` lines."""
@@ -67,7 +78,8 @@ class Template:
             "{%- endfor -%}{%- endif -%}",
             "{%- if message['role'] == 'system' %}{{ " + f"{_quote(system[0])} + text.value + {_quote(system[1])}" + " }}",
             "{%- elif message['role'] == 'user' %}{{ " + f"{_quote(user[0])} + text.value + {_quote(user[1])}" + " }}",
-            "{%- else %}{{ text.value + " + _quote(self.suffix + self.sep) + " }}{% endif -%}",
+            "{%- else %}{{ " + f"{_quote(self.lead)} + text.value + {_quote(self.suffix + self.sep)}",
+            " }}{% endif -%}",
             "{%- endfor -%}",
         ]
         return "".join(lines)
@@ -94,6 +106,15 @@ TEMPLATES = {
     "internvl2_5": _chatml("\n", INTERNVL2_5_SYSTEM),
     "internlm2_chat": _chatml("\n", None),
     "qwen_chat": _chatml("\n", None),
+    # LLaVA-1.5's; XTuner's "vicuna" breaks lines between turns, which LLaVA was not trained on.
+    "vicuna_v1": Template(
+        system="{system} ",
+        instruction="USER: {input} ASSISTANT:",
+        suffix="</s>",
+        default_system=LLAVA_SYSTEM,
+        stop_words=("</s>",),
+        lead=" ",
+    ),
     "qwen2": _chatml("\n", "You are a helpful assistant."),
     "qwen2_5": _chatml("\n", "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
     "smollm2": _chatml("\n", "You are a helpful AI assistant named SmolLM, trained by Hugging Face"),
@@ -121,7 +142,7 @@ def render(template, turns, system=None):
     text = ""
     for number, (question, answer) in enumerate(turns):
         text += template.prompt(question, first=number == 0, system=system)
-        text += "" if answer is None else answer + template.suffix
+        text += "" if answer is None else template.answer(answer)
     return text
 
 

@@ -70,14 +70,16 @@ class HybridVLConfig(PreTrainedConfig):
     Attributes:
         layer_types (list[str]): One of ``full_attention`` and ``linear_attention`` per layer.
         mixer (dict): Fields of :class:`MixerConfig`, shared by the linear layers.
-        vision (dict | None): None for a text model, else ``{"front_end": "patch", "image_size",
-            "patch_size", "num_channels", "downsample_ratio"}``.
+        vision (dict | None): None for a text model, else ``{"front_end", "image_size", "patch_size",
+            "num_channels", "downsample_ratio"}``; the front end is ``patch`` or ``vit``, which has ``tower``,
+            ``tower_config``, ``select_layer`` and ``projector`` besides.
         image_token_id (int | None): Token replaced by a visual vector.
         template (str | None): Name of the conversation template that the model was trained with; None where
             its folder names none.
         num_embedding_layers (int): Leading layers that HoVLE keeps in its holistic embedding.
         embedding_overrides (dict | None): Of ``rope_parameters``, ``max_position_embeddings`` and
             ``rms_norm_eps``, those in which the holistic embedding differs from the language model.
+        key_layout (str | None): Which of its family's layouts of tensor names the weights came in.
     """
 
     model_type = "hybrid_vl"
@@ -110,6 +112,7 @@ class HybridVLConfig(PreTrainedConfig):
     template: str | None = "internlm2-chat"
     num_embedding_layers: int = 0
     embedding_overrides: dict | None = None
+    key_layout: str | None = None
 
     def __post_init__(self, **kwargs):
         if self.head_dim is None:

@@ -16,6 +16,9 @@ from .cache import HybridCache
 from .configuration import HybridVLConfig
 from .mixers import FP32_PARAMETERS, MIXERS, Mamba2Mixer
 from .vision import PatchVision
+from .vit import ViTVision
+
+FRONT_ENDS = {"patch": PatchVision, "vit": ViTVision}
 
 
 class HybridRotaryEmbedding(LlamaRotaryEmbedding):
@@ -227,7 +230,7 @@ class HybridVLForCausalLM(HybridVLPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = HybridDecoder(config)
         if config.vision is not None:
-            self.vision = PatchVision(config)
+            self.vision = FRONT_ENDS[config.vision["front_end"]](config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
@@ -262,7 +265,7 @@ class HybridVLForCausalLM(HybridVLPreTrainedModel, GenerationMixin):
         if pixel_values is None or pixel_values.shape[0] == 0:
             if wanted:
                 raise ValueError(f"the input has {wanted} image tokens, but no image was passed")
-            if torch.is_grad_enabled() and self.training and self.vision.position_embedding.requires_grad:
+            if torch.is_grad_enabled() and self.training and any(p.requires_grad for p in self.vision.parameters()):
                 # Data-parallel training waits for a gradient of every weight, also on a batch of text alone.
                 size, channels = self.config.vision["image_size"], self.config.vision.get("num_channels", 3)
                 embeds = embeds + 0 * self.vision(embeds.new_zeros(1, channels, size, size)).sum().to(embeds.dtype)

@@ -1,6 +1,7 @@
-"""Images and text to model inputs: dynamic tiling, normalisation, image placeholders.
+"""Images and text to model inputs: dynamic tiling or one square, normalisation, image placeholders.
 
 Tiling is InternVL's: the grid whose aspect ratio is closest, plus a thumbnail when there are several tiles.
+LLaVA takes one square of an image, padded or cropped.
 """
 
 import json
@@ -15,7 +16,7 @@ IMAGE_PLACEHOLDER = "<image>"
 IMAGE_START, IMAGE_CONTEXT, IMAGE_END = "<img>", "<IMG_CONTEXT>", "</img>"
 NORMALISATION = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "clip": ((0.4814546, 0.4578275, 0.40821073), (0.2686295, 0.2613025, 0.2757711)),
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
 
@@ -75,21 +76,58 @@ def split_tiles(image, tile_size, min_tiles=1, max_tiles=12, use_thumbnail=True)
     return tiles
 
 
+def pad_square(image, size, colour):
+    """Pad an image to a square and resize it.
+
+    Args:
+        image (PIL.Image.Image): RGB image, kept in the middle.
+        size (int): Side of the result in pixels.
+        colour (tuple[int, int, int]): RGB of what is added.
+
+    Returns:
+        PIL.Image.Image: The square.
+    """
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def crop_square(image, size):
+    """Resize an image by its shorter edge and cut the middle out.
+
+    Args:
+        image (PIL.Image.Image): RGB image.
+        size (int): Side of the result in pixels.
+
+    Returns:
+        PIL.Image.Image: The square.
+    """
+    short = min(image.size)
+    width, height = (int(size * edge / short) for edge in image.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    return image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+
+
 class HybridVLProcessor:
     """Turns images and text into what ``HybridVLForCausalLM`` takes.
 
     Args:
-        tokenizer (PreTrainedTokenizerBase): Tokenizer that knows ``<img>``, ``<IMG_CONTEXT>`` and ``</img>``.
+        tokenizer (PreTrainedTokenizerBase): Tokenizer that knows the image tokens below.
         image_size (int): Side of a tile in pixels.
         tokens_per_tile (int): Visual tokens of one tile; 0 for a text model.
         min_tiles (int): Fewest tiles of an image.
         max_tiles (int): Most tiles of an image, thumbnail not counted; 1 switches tiling off.
         use_thumbnail (bool): Append the whole image when it was cut.
         normalisation (str): ``imagenet``, ``clip`` or ``siglip``.
+        fit (str): ``tiles`` cuts an image, ``pad`` and ``crop`` make one square of it.
+        image_start (str): Token before an image, or nothing.
+        image_context (str): Token that every visual vector replaces.
+        image_end (str): Token after an image, or nothing.
     """
 
     config_name = "processor_config.json"
-    # Not a ProcessorMixin: that would need an image processor class and files of its own for six numbers.
+    # Not a ProcessorMixin: that would need an image processor class and files of its own for these settings.
     _auto_class = None
 
     def __init__(
@@ -101,6 +139,10 @@ class HybridVLProcessor:
         max_tiles=12,
         use_thumbnail=True,
         normalisation="imagenet",
+        fit="tiles",
+        image_start=IMAGE_START,
+        image_context=IMAGE_CONTEXT,
+        image_end=IMAGE_END,
     ):
         self.tokenizer = tokenizer
         self.image_size = image_size
@@ -109,6 +151,10 @@ class HybridVLProcessor:
         self.max_tiles = max_tiles
         self.use_thumbnail = use_thumbnail
         self.normalisation = normalisation
+        if fit not in ("tiles", "pad", "crop"):
+            raise ValueError(f"unknown fit {fit!r}, expected tiles, pad or crop")
+        self.fit = fit
+        self.image_start, self.image_context, self.image_end = image_start, image_context, image_end
 
     @property
     def settings(self):
@@ -120,7 +166,7 @@ class HybridVLProcessor:
         return max(1, (self.max_tiles if max_tiles is None else max_tiles) // max(1, images))
 
     def tiles(self, image, max_tiles=None):
-        """Cut and normalise one image.
+        """Cut or square and normalise one image.
 
         Args:
             image (PIL.Image.Image): Any mode; EXIF rotation is applied, transparency shows white.
@@ -129,9 +175,15 @@ class HybridVLProcessor:
         Returns:
             Tensor: (T, 3, S, S), fp32.
         """
-        limit = self.max_tiles if max_tiles is None else max_tiles
-        tiles = split_tiles(to_rgb(image), self.image_size, self.min_tiles, limit, self.use_thumbnail)
+        image = to_rgb(image)
         mean, std = (np.asarray(values, dtype=np.float32) for values in NORMALISATION[self.normalisation])
+        if self.fit == "pad":
+            tiles = [pad_square(image, self.image_size, tuple(int(255 * value) for value in mean))]
+        elif self.fit == "crop":
+            tiles = [crop_square(image, self.image_size)]
+        else:
+            limit = self.max_tiles if max_tiles is None else max_tiles
+            tiles = split_tiles(image, self.image_size, self.min_tiles, limit, self.use_thumbnail)
         pixels = np.stack([np.asarray(tile, dtype=np.float32) for tile in tiles]) / 255
         return torch.from_numpy((pixels - mean) / std).permute(0, 3, 1, 2).contiguous()
 
@@ -155,7 +207,8 @@ class HybridVLProcessor:
             raise ValueError(f"the text has {len(parts) - 1} {IMAGE_PLACEHOLDER} placeholders for {len(tile_counts)} images")
         pieces = [parts[0]]
         for count, part in zip(tile_counts, parts[1:]):
-            pieces += [IMAGE_START, IMAGE_CONTEXT * (self.tokens_per_tile * count), IMAGE_END, part]
+            context = self.image_context * (self.tokens_per_tile * count)
+            pieces += [self.image_start, context, self.image_end, part]
         return "".join(pieces)
 
     def __call__(self, text, images=None, padding=True, padding_side="left", add_special_tokens=True):
