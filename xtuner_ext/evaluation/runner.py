@@ -10,6 +10,8 @@ from .scorers import exact_match
 def read_questions(meta, limit=None):
     """Questions of every dataset in a meta JSON; later turns bring the earlier ones with their gold answers.
 
+    Plain text asks nothing and is passed over.
+
     Args:
         meta (str): Path of the meta JSON.
         limit (int, optional): Only the first n questions.
