@@ -77,8 +77,7 @@ def main(argv):
     from transformers import TextStreamer
 
     from ..data.dataset import open_image
-    from ..data.templates import get_template
-    from .loading import load_model
+    from .loading import choose_template, load_model
     from .session import ChatSession
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -89,7 +88,7 @@ def main(argv):
     )
     if images and model.config.vision is None:
         raise UserError(f"{args.model_name_or_path} has no image front end, --image can not be used")
-    template = get_template(args.prompt_template or model.config.template)
+    _, template = choose_template(args.prompt_template, model, processor, args.model_name_or_path)
     session = ChatSession(model, processor, template, args.system, tuple(args.stop_words))
     generation = dict(
         max_new_tokens=args.max_new_tokens,

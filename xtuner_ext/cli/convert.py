@@ -1,4 +1,4 @@
-"""xtuner-ext convert pth_to_hf CONFIG PTH DIR: a training checkpoint becomes a model folder."""
+"""xtuner-ext convert pth_to_hf CONFIG PTH DIR, convert gguf_to_hf FILE DIR: something becomes a model folder."""
 
 import argparse
 import os
@@ -30,13 +30,15 @@ def main(argv):
     """Run the verb.
 
     Args:
-        argv (list[str]): ``pth_to_hf``, ``merge`` or ``split``, then its arguments.
+        argv (list[str]): ``pth_to_hf``, ``gguf_to_hf``, ``merge`` or ``split``, then its arguments.
 
     Returns:
         int: Exit status.
     """
     from .main import run_stock
 
+    if argv[0] == "gguf_to_hf":
+        return gguf_to_hf(argv[1:])
     if argv[0] != "pth_to_hf":
         return run_stock(f"convert {argv[0]}", argv[1:])
     args = parse_args(argv[1:])
@@ -57,6 +59,31 @@ def main(argv):
     # Dumped, not copied: a copy would look for the files it inherits from.
     config.dump(os.path.join(args.save_dir, "xtuner_config.py"))
     sys.stdout.write(f"written to {args.save_dir}\n")
+    return 0
+
+
+def gguf_to_hf(argv):
+    """Run ``convert gguf_to_hf``.
+
+    Args:
+        argv (list[str]): Its arguments.
+
+    Returns:
+        int: Exit status.
+    """
+    parser = argparse.ArgumentParser(
+        prog="xtuner-ext convert gguf_to_hf",
+        description="Unpack a GGUF file into an ordinary Hugging Face folder; a finished folder is left as it is.",
+        epilog="example: xtuner-ext convert gguf_to_hf smollm2 work_dirs/smollm2/teacher",
+    )
+    parser.add_argument("source", help="GGUF file, or the name of a shipped model: smollm2")
+    parser.add_argument("save_dir", help="folder to write")
+    parser.add_argument("--torch-dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    args = parser.parse_args(argv)
+    from ..convert.gguf import dequantise
+
+    folder = dequantise(args.source, args.save_dir, args.torch_dtype)
+    sys.stdout.write(f"{folder} is complete\n")
     return 0
 
 

@@ -80,10 +80,9 @@ def evaluate_folder(
         UserError: For missing or broken files, images for a text model, or a folder that holds other files.
     """
     from ..convert.checkpoint import whole_folder
-    from ..data.templates import get_template
     from ..evaluation.runner import answer, read_questions
     from ..evaluation.scorers import score_rows
-    from .loading import count_parameters, load_model
+    from .loading import choose_template, count_parameters, load_model
     from .progress import progress
     from .versions import installed_versions
 
@@ -93,9 +92,9 @@ def evaluate_folder(
     with_image = next((question["where"] for question in questions if question["images"]), None)
     if with_image and network.config.vision is None:
         raise UserError(f"{model} has no image front end, but {with_image} asks about an image")
-    name = prompt_template or network.config.template
+    name, template = choose_template(prompt_template, network, processor, model)
     with progress(f"eval {Path(model).name}", len(questions)) as advance:
-        rows = answer(network, processor, get_template(name), questions, batch_size, max_new_tokens, advance)
+        rows = answer(network, processor, template, questions, batch_size, max_new_tokens, advance)
     metrics = {
         **score_rows(rows),
         "model": str(model),

@@ -4,6 +4,7 @@ import torch
 from transformers.utils import logging
 
 from ..convert.teacher import load_processor, load_teacher, resolve_folder, teacher_family
+from ..data.template_fit import detect_template, fit_template
 from ..errors import UserError
 from ..modeling import HybridVLForCausalLM
 
@@ -40,6 +41,30 @@ def load_model(folder, dtype="auto", device=None, trust_remote_code=False):
     else:
         model = load_teacher(path, torch_dtype)
     return model.to(device).eval(), load_processor(path, trust_remote_code=trust_remote_code)
+
+
+def choose_template(wanted, model, processor, folder):
+    """The conversation template for a model: the one asked for, the model's own, or its tokenizer's.
+
+    Args:
+        wanted (str | None): Name given by the user.
+        model (HybridVLForCausalLM): The model.
+        processor (HybridVLProcessor): Its processor.
+        folder (str): Names the model in messages.
+
+    Returns:
+        tuple[str, Template]: Its name and the template, ready for the tokenizer.
+
+    Raises:
+        UserError: When no template is known, or the tokenizer does not fit it.
+    """
+    name = wanted or model.config.template or detect_template(processor.tokenizer)
+    if name is None:
+        raise UserError(
+            f"{folder} names no conversation template and its tokenizer's chat template is none that is known: "
+            "choose one with --prompt-template"
+        )
+    return name, fit_template(name, processor.tokenizer)
 
 
 def count_parameters(model):

@@ -26,6 +26,7 @@ OWN_VERBS = {
     "data": ("data", "make and check data sets"),
     "pipeline": ("pipeline", "run every stage of a project, from data to scores"),
     "convert pth_to_hf": ("convert", "turn a checkpoint into a Hugging Face folder"),
+    "convert gguf_to_hf": ("convert", "unpack a GGUF file into a Hugging Face folder"),
     "convert merge": ("convert", "merge an adapter into its base model"),
     "convert split": ("convert", "split a model into smaller shards"),
 }

@@ -14,7 +14,7 @@ from accelerate import init_empty_weights
 from transformers import GenerationConfig
 from transformers.utils import logging
 
-from ..data.templates import get_template
+from ..data.template_fit import detect_template, fit_template
 from ..errors import UserError
 from ..modeling import HybridVLForCausalLM
 from .checkpoint import whole_folder
@@ -70,10 +70,12 @@ def export_student(
         _check_parity("the assembled student", logits_difference(student.float(), trained_model), ASSEMBLY_TOLERANCE, out)
     student.to(dtype)
     processor = load_processor(teacher, trust_remote_code=trust_remote_code)
+    config.template = config.template or detect_template(processor.tokenizer)
+    template = fit_template(config.template, processor.tokenizer) if config.template else None
     with whole_folder(out) as folder:
         _write_model(student, folder, max_shard_size)
-        _write_processor(processor, config, folder)
-        _write_generation_config(student, processor, config, folder)
+        _write_processor(processor, template, folder)
+        _write_generation_config(processor, config, template, folder)
         (folder / "README.md").write_text(_model_card(config, teacher, dtype, recipe), encoding="utf-8")
         logging.disable_progress_bar()
         written = HybridVLForCausalLM.from_pretrained(folder, dtype="auto").eval()
@@ -137,19 +139,19 @@ def _write_model(student, folder, max_shard_size):
         (folder / Path(name).name).write_text(source, encoding="utf-8")
 
 
-def _write_processor(processor, config, folder):
+def _write_processor(processor, template, folder):
     processor.save_pretrained(folder)
     path = folder / processor.config_name
     settings = json.loads(path.read_text())
     path.write_text(json.dumps({**settings, "auto_map": {"AutoProcessor": AUTO_MAP["AutoProcessor"]}}, indent=2))
-    if processor.tokenizer.chat_template is None:
-        (folder / "chat_template.jinja").write_text(get_template(config.template).jinja(), encoding="utf-8")
+    if processor.tokenizer.chat_template is None and template is not None:
+        (folder / "chat_template.jinja").write_text(template.jinja(), encoding="utf-8")
 
 
-def _write_generation_config(student, processor, config, folder):
+def _write_generation_config(processor, config, template, folder):
     from ..evaluation.runner import stop_token_ids
 
-    stops = stop_token_ids(processor.tokenizer, get_template(config.template))
+    stops = stop_token_ids(processor.tokenizer, template)
     GenerationConfig(
         bos_token_id=config.bos_token_id,
         eos_token_id=stops,

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from ..errors import UserError
 from .annotation import JsonlAnnotations, read_meta
 from .masking import encode_conversation, encode_text
-from .templates import get_template
+from .template_fit import fit_template
 
 
 class ConversationDataset(Dataset):
@@ -25,7 +25,8 @@ class ConversationDataset(Dataset):
         seed (int): Chooses which lines a fractional ``repeat_time`` keeps.
 
     Raises:
-        UserError: For annotations that would be lost or misread in training.
+        UserError: For annotations that would be lost or misread in training, or a template that the
+            tokenizer does not fit.
     """
 
     def __init__(self, meta, processor, template, max_length=8192, seed=0):
@@ -34,7 +35,7 @@ class ConversationDataset(Dataset):
 
             processor = BUILDER.build(processor)
         self.processor = processor
-        self.template = get_template(template)
+        self.template = fit_template(template, processor.tokenizer)
         self.max_length = max_length
         self.sources, index = [], []
         for number, entry in enumerate(read_meta(meta)):
@@ -64,6 +65,8 @@ class ConversationDataset(Dataset):
     def _encode(self, index):
         entry = self.sources[self._index[index][0]][0]
         record = self.record(index)
+        if record.images and not self.processor.tokens_per_tile:
+            raise UserError(f"{record.where}: names an image, but the model has no image front end")
         limit = self.processor.tile_limit(len(record.images), entry.max_dynamic_patch)
         tiles = [self.processor.tiles(open_image(path, record.where), max_tiles=limit) for path in record.images]
         counts, turns = iter([len(t) for t in tiles]), []

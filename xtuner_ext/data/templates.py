@@ -94,6 +94,9 @@ TEMPLATES = {
     "internvl2_5": _chatml("\n", INTERNVL2_5_SYSTEM),
     "internlm2_chat": _chatml("\n", None),
     "qwen_chat": _chatml("\n", None),
+    "qwen2": _chatml("\n", "You are a helpful assistant."),
+    "qwen2_5": _chatml("\n", "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
+    "smollm2": _chatml("\n", "You are a helpful AI assistant named SmolLM, trained by Hugging Face"),
     "phi3-chat": Template(
         system="<|system|>\n{system}<|end|>",
         instruction="<|user|>\n{input}<|end|><|assistant|>\n",
@@ -102,6 +105,24 @@ TEMPLATES = {
         stop_words=("<|end|>",),
     ),
 }
+
+
+def render(template, turns, system=None):
+    """Write a conversation down up to the answer that is wanted.
+
+    Args:
+        template (Template): Conversation template.
+        turns (list[tuple[str, str | None]]): Questions and answers; the last answer is None.
+        system (str, optional): System message.
+
+    Returns:
+        str: The prompt.
+    """
+    text = ""
+    for number, (question, answer) in enumerate(turns):
+        text += template.prompt(question, first=number == 0, system=system)
+        text += "" if answer is None else answer + template.suffix
+    return text
 
 
 def get_template(name):

@@ -4,6 +4,7 @@ import torch
 
 from ..data.annotation import JsonlAnnotations, read_meta
 from ..data.dataset import open_image
+from ..data.templates import render
 from .scorers import exact_match
 
 
@@ -43,28 +44,10 @@ def read_questions(meta, limit=None):
     return questions
 
 
-def render(template, turns, system=None):
-    """Write a conversation down up to the answer that is wanted.
-
-    Args:
-        template (Template): Conversation template.
-        turns (list[tuple[str, str | None]]): Questions and answers; the last answer is None.
-        system (str, optional): System message.
-
-    Returns:
-        str: The prompt.
-    """
-    text = ""
-    for number, (question, answer) in enumerate(turns):
-        text += template.prompt(question, first=number == 0, system=system)
-        text += "" if answer is None else answer + template.suffix
-    return text
-
-
 def stop_token_ids(tokenizer, template):
-    """list[int]: The ids that end an answer: end of sequence and the template's stop words."""
+    """list[int]: The ids that end an answer: end of sequence and, with a template, its stop words."""
     ids = {tokenizer.eos_token_id} - {None}
-    for word in (*template.stop_words, template.suffix):
+    for word in (*template.stop_words, template.suffix) if template else ():
         found = tokenizer.convert_tokens_to_ids(word) if word else None
         if found is not None and found != tokenizer.unk_token_id:
             ids.add(found)

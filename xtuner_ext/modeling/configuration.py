@@ -128,7 +128,9 @@ class HybridVLConfig(PreTrainedConfig):
 
     @property
     def tokens_per_tile(self):
-        """int: Visual tokens of one tile."""
+        """int: Visual tokens of one tile; 0 for a text model."""
+        if self.vision is None:
+            return 0
         side = self.vision["image_size"] // self.vision["patch_size"]
         return int(side * side * self.vision["downsample_ratio"] ** 2)
 

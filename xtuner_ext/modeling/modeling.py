@@ -253,7 +253,7 @@ class HybridVLForCausalLM(HybridVLPreTrainedModel, GenerationMixin):
         """
         embeds = self.model.embed_tokens(input_ids)
         if self.config.image_token_id is None or self.config.vision is None:
-            if pixel_values is not None:
+            if pixel_values is not None and pixel_values.shape[0]:
                 raise ValueError("this model has no image front end, but pixel_values were passed")
             return embeds
         slots = input_ids == self.config.image_token_id

@@ -81,7 +81,7 @@ class HybridVLProcessor:
     Args:
         tokenizer (PreTrainedTokenizerBase): Tokenizer that knows ``<img>``, ``<IMG_CONTEXT>`` and ``</img>``.
         image_size (int): Side of a tile in pixels.
-        tokens_per_tile (int): Visual tokens of one tile.
+        tokens_per_tile (int): Visual tokens of one tile; 0 for a text model.
         min_tiles (int): Fewest tiles of an image.
         max_tiles (int): Most tiles of an image, thumbnail not counted; 1 switches tiling off.
         use_thumbnail (bool): Append the whole image when it was cut.
@@ -146,8 +146,10 @@ class HybridVLProcessor:
             str: Text ready for the tokenizer.
 
         Raises:
-            ValueError: When placeholders and images differ in number.
+            ValueError: When placeholders and images differ in number, or the model takes no images.
         """
+        if tile_counts and not self.tokens_per_tile:
+            raise ValueError("this model has no image front end, but images were passed")
         parts = text.split(IMAGE_PLACEHOLDER)
         if len(parts) - 1 != len(tile_counts):
             raise ValueError(f"the text has {len(parts) - 1} {IMAGE_PLACEHOLDER} placeholders for {len(tile_counts)} images")

@@ -7,7 +7,7 @@ import torch
 
 from ...errors import UserError
 from ...modeling.processing import IMAGE_PLACEHOLDER
-from ..templates import Template, get_template
+from ..template_fit import detect_template, fit_template
 
 PROMPTS = Path(__file__).parent.parent.parent / "assets" / "prompts.txt"
 BATCH_SIZE = 32  # prompts
@@ -42,12 +42,13 @@ def read_prompts(path=None):
 
 
 @torch.inference_mode()
-def sample_answers(model, processor, prompts, max_new_tokens, seed, on_batch=None):
+def sample_answers(model, processor, template, prompts, max_new_tokens, seed, on_batch=None):
     """Let a teacher answer, with a little chance.
 
     Args:
         model (HybridVLForCausalLM): The teacher.
         processor (HybridVLProcessor): Its processor.
+        template (str): Name of its conversation template.
         prompts (list[str]): Questions.
         max_new_tokens (int): Longest answer in tokens.
         seed (int): Seed of the sampling.
@@ -60,7 +61,7 @@ def sample_answers(model, processor, prompts, max_new_tokens, seed, on_batch=Non
     from ...evaluation.runner import stop_token_ids
 
     tokenizer = processor.tokenizer
-    template = teacher_template(model, tokenizer)
+    template = fit_template(template, tokenizer)
     stops = stop_token_ids(tokenizer, template)
     # Prompts of like length share a batch, which keeps padding short.
     order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), index))
@@ -98,16 +99,15 @@ def teacher_template(model, tokenizer):
         tokenizer (PreTrainedTokenizerBase): Its tokenizer.
 
     Returns:
-        Template: The one that its configuration names, or one turn of its tokenizer's chat template.
+        str: Name of the template that its configuration names, or that its chat template equals.
 
     Raises:
         UserError: When there is neither.
     """
-    if model.config.template:
-        return get_template(model.config.template)
-    if not tokenizer.chat_template:
-        raise UserError("the teacher has no conversation template: neither its config.json nor its tokenizer names one")
-    question = [{"role": "user", "content": "{input}"}]
-    text = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
-    # The tokenizer puts its own leading tokens in front once more.
-    return Template(system="", instruction=text.removeprefix(tokenizer.decode(tokenizer("").input_ids)))
+    name = model.config.template or detect_template(tokenizer)
+    if name is None:
+        raise UserError(
+            "the teacher's config.json names no conversation template and its tokenizer's chat template is none "
+            "that is known, expected one of the two"
+        )
+    return name

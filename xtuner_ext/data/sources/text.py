@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 from ...errors import UserError
-from .answers import read_prompts, sample_answers
+from .answers import read_prompts, sample_answers, teacher_template
 from .debian import PACKAGES, debian_sources
 from .documents import HELD_OUT_SHARE, Source, read_documents, share
 from .folder import is_made, new_folder
@@ -179,7 +179,8 @@ def _copy_licences(source, folder):
 
 def _write_answers(folder, model, processor, prompts, max_new_tokens, seed, facts, progress):
     with progress("answer prompts", len(prompts)) as advance:
-        answers = sample_answers(model, processor, prompts, max_new_tokens, seed, advance)
+        template = teacher_template(model, processor.tokenizer)
+        answers = sample_answers(model, processor, template, prompts, max_new_tokens, seed, advance)
     lines = {split: [] for split in SPLITS}
     for prompt, (answer, ended) in zip(prompts, answers):
         split = "test" if share(prompt) < HELD_OUT_SHARE else "train"
@@ -189,7 +190,8 @@ def _write_answers(folder, model, processor, prompts, max_new_tokens, seed, fact
             number = len(lines[split])
             item = {"id": f"answer-{split}-{number:04d}", "category": "answer", "conversations": turns}
             lines[split].append(item if ended else {**item, "end": False})
-    facts["answers"] = {"prompts": len(prompts), "cut_off": sum(not ended for _, ended in answers)}
+    cut_off = sum(not ended for _, ended in answers)
+    facts["answers"] = {"template": template, "prompts": len(prompts), "cut_off": cut_off}
     for split in SPLITS:
         if lines[split]:
             _write_lines(folder / f"answers_{split}.jsonl", lines[split])
