@@ -5,6 +5,7 @@ import torch
 from ..data.annotation import JsonlAnnotations, read_meta
 from ..data.dataset import open_image
 from ..data.templates import render
+from ..errors import UserError
 from .scorers import exact_match
 
 
@@ -19,6 +20,9 @@ def read_questions(meta, limit=None):
 
     Returns:
         list[dict]: ``id``, ``turns`` (question, answer or None), ``images``, ``gold``, ``category``, ``where``.
+
+    Raises:
+        UserError: For annotations that are broken or ask nothing.
     """
     questions = []
     for entry in read_meta(meta):
@@ -41,6 +45,8 @@ def read_questions(meta, limit=None):
                 )
                 if limit is not None and len(questions) == limit:
                     return questions
+    if not questions:
+        raise UserError(f"meta file {meta} asks no question, it names plain text only")
     return questions
 
 

@@ -97,4 +97,4 @@ def _run(tool, *arguments, cwd=None):
 def _reason(done):
     # apt-get warns before it names the error.
     lines = [line for line in done.stderr.splitlines() if line and not line.startswith("W:")]
-    return lines[-1].removeprefix("E: ") if lines else f"status {done.returncode}"
+    return re.sub("^(E: |dpkg-deb: error: )", "", lines[-1]) if lines else f"status {done.returncode}"
