@@ -4,6 +4,7 @@ import gzip
 import re
 import zlib
 from html.parser import HTMLParser
+from pathlib import Path
 
 from ...errors import UserError
 
@@ -61,8 +62,7 @@ def read_paragraphs(path):
 
 def markup(path):
     """str | None: The format that a file name tells, None for one that is not read."""
-    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() != ".gz" or suffix != path.suffixes[-1]]
-    return MARKUP.get(suffixes[-1]) if suffixes else None
+    return MARKUP.get(Path(path.name.lower().removesuffix(".gz")).suffix)
 
 
 def is_prose(paragraph):

@@ -88,7 +88,7 @@ def make_text(
     metas = {split: str(Path(out) / f"{split}.json") for split in SPLITS}
     if is_made(out, settings, "make-text"):
         return metas
-    # Imported here: a data room that only serves samples does not need the models' one.
+    # Imported here: of all data only this needs a model, and reading data should not load that code.
     from ...convert.teacher import load_processor, load_teacher
 
     progress = progress or _no_progress
