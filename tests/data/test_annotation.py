@@ -15,6 +15,9 @@ def turns(*texts):
     return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
 
 
+GOOD = {"conversations": turns("q", "a")}
+
+
 @pytest.fixture
 def folder(tmp_path):
     for name in ("a.png", "b.png"):
@@ -126,21 +129,40 @@ def test_several_images_over_turns_and_system(folder):
     assert record.turns == [("<image> one", "a"), ("two <image>", "b")]
 
 
+def test_plain_text_line(folder):
+    item = {"id": "x", "category": "c", "text": " Once\n<image>, twice. ", "end": True}
+    whole, part = annotations(folder, item, {"text": "No more", "image": ""})
+    assert (whole.text, whole.ended, whole.id, whole.category) == (" Once\n<image>, twice. ", True, "x", "c")
+    assert (part.text, part.ended, part.id, part.category) == ("No more", False, 2, "all")
+    assert whole.turns == whole.images == [] and whole.system is None
+
+
+def test_answer_that_was_cut_off(folder):
+    cut, whole = annotations(folder, {"end": False, **GOOD}, GOOD)
+    assert (cut.ended, whole.ended) == (False, True)
+    assert cut.text is whole.text is None
+
+
 @pytest.mark.parametrize("image", ["", [], None])
 def test_empty_image_means_text(folder, image):
     (record,) = annotations(folder, {"image": image, "conversations": turns("q", "a")})
     assert record.images == []
 
 
-GOOD = {"conversations": turns("q", "a")}
-
-
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ('{"conversations": [', "malformed JSON"),
-        ("[1]", "expected an object with a list 'conversations'"),
-        ({"text": "q"}, "expected an object with a list 'conversations'"),
+        ("[1]", "expected an object with a list 'conversations' or a 'text'"),
+        ({"txt": "q"}, "expected an object with a list 'conversations' or a 'text'"),
+        ({"conversations": "q"}, "'conversations' is str, expected a list"),
+        ({"text": "q", **GOOD}, "has both 'text' and 'conversations', expected one of them"),
+        ({"text": ["q"]}, "'text' is list, expected a string"),
+        ({"text": None}, "'text' is NoneType, expected a string"),
+        ({"text": " \n"}, "'text' is empty"),
+        ({"text": "q", "image": "a.png"}, "has images beside 'text', expected them with 'conversations' only"),
+        ({"text": "q", "end": 1}, "'end' is 1, expected true or false"),
+        ({"end": "no", **GOOD}, "'end' is 'no', expected true or false"),
         ({"image": "gone.png", "conversations": turns("q", "a")}, "image .*gone.png does not exist"),
         ({"image": 3, "conversations": turns("q", "a")}, "'image' is 3, expected a path or a list of paths"),
         ({"image": ["a.png", None], "conversations": turns("q", "a")}, "'image' is .*, expected a path"),

@@ -1,5 +1,6 @@
 """Samples of a conversation dataset."""
 
+import copy
 import json
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from mmengine.logging import MMLogger
 from PIL import Image
 
+from xtuner_ext.data.collate import conversation_collate
 from xtuner_ext.data.dataset import ConversationDataset
 from xtuner_ext.errors import UserError
 from xtuner_ext.modeling.processing import HybridVLProcessor
@@ -124,4 +126,26 @@ def test_image_that_vanished_is_named(build, tmp_path):
     dataset = build([line("a", image="square.png")])
     (tmp_path / "square.png").unlink()
     with pytest.raises(UserError, match="d.jsonl:1: image .*square.png does not exist"):
+        dataset[0]
+
+
+def test_text_conversations_and_images_mix(build, processor, tmp_path):
+    text = {"text": "Plain <image> words.", "end": True}
+    dataset = build([text, line("q", image="square.png"), {**line("q"), "end": False}])
+    (tmp_path / "e.jsonl").write_text(json.dumps({"text": "More words"}))
+    (tmp_path / "e.json").write_text(json.dumps({name: {"annotation": f"{name}.jsonl"} for name in "de"}))
+    mixed = ConversationDataset(tmp_path / "e.json", processor, "internlm2_chat")
+    assert (len(dataset), len(mixed)) == (3, 4)
+    found = [trained(mixed[index], processor.tokenizer) for index in range(4)]
+    assert found == ["Plain <image> words.<|im_end|>", "yes<|im_end|>", "yes", "More words"]
+    batch = conversation_collate([mixed[index] for index in range(4)])["data"]
+    assert batch["input_ids"].shape == batch["labels"].shape and batch["input_ids"].shape[0] == 4
+    assert batch["pixel_values"].shape == (1, 3, 64, 64)
+
+
+def test_text_with_an_end_needs_an_end_token(build, processor):
+    processor.tokenizer = copy.deepcopy(processor.tokenizer)
+    processor.tokenizer.eos_token = None
+    dataset = build([{"text": "a", "end": True}])
+    with pytest.raises(UserError, match="d.jsonl:1: 'end' is true, but the tokenizer has no end-of-sequence token"):
         dataset[0]

@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from xtuner_ext.data.masking import IGNORE_INDEX, encode_conversation
+from xtuner_ext.data.masking import IGNORE_INDEX, encode_conversation, encode_text
 from xtuner_ext.data.templates import TEMPLATES, get_template
 from xtuner_ext.evaluation.runner import render
 
@@ -98,3 +98,39 @@ def test_leading_tokens_are_the_tokenizers_own(post_processor, lead):
     start = tokenizer.convert_tokens_to_ids("<|im_start|>")
     assert ids[: ids.tolist().index(start)].tolist() == lead
     assert tokenizer.decode(trained_spans(labels)[0]) == "A<|im_end|>"
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_answer_that_was_cut_off_gets_no_end(tokenizer, name):
+    template = get_template(name)
+    whole, labels = encode_conversation(tokenizer, template, TURNS)
+    ids, cut = encode_conversation(tokenizer, template, TURNS, ended=False)
+    end = tokenizer(template.suffix, add_special_tokens=False).input_ids
+    assert ids.tolist() + end == whole.tolist() and cut.tolist() + end == labels.tolist()
+    # Only the last answer can have been cut off.
+    spans = [tokenizer.decode(span) for span in trained_spans(cut)]
+    assert spans == ["yes" + template.suffix, "top left" + template.suffix, "17"]
+
+
+@pytest.mark.parametrize(
+    ("post_processor", "lead"), [(None, []), ("<s> $A", [0]), ("<s> $A </s>", [0]), ("$A </s>", [])]
+)
+@pytest.mark.parametrize("ended", [False, True])
+def test_plain_text_is_trained_to_its_end(post_processor, lead, ended):
+    tokenizer = small_bpe("yes and yes", post_processor, bos_token="<s>", eos_token="</s>")
+    ids, labels = encode_text(tokenizer, "yes and no\n", ended)
+    assert ids[: len(lead)].tolist() == lead and labels[: len(lead)].tolist() == [IGNORE_INDEX] * len(lead)
+    rest = ids[len(lead) :]
+    assert torch.equal(rest, labels[len(lead) :])
+    assert tokenizer.decode(rest) == "yes and no\n" + ("</s>" if ended else "")
+
+
+def test_special_tokens_in_plain_text_are_characters(tokenizer):
+    text = "A turn ends with <|im_end|>, a picture is <img><IMG_CONTEXT></img>."
+    special = ["<|im_end|>", "<img>", "<IMG_CONTEXT>", "</img>"]
+    ids, _ = encode_text(tokenizer, text)
+    assert not set(tokenizer.convert_tokens_to_ids(special)) & set(ids.tolist())
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+    # The next conversation has its control tokens again.
+    ids, _ = encode_conversation(tokenizer, get_template("internlm2_chat"), TURNS[:1])
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in ids

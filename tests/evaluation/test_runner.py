@@ -7,6 +7,7 @@ from PIL import Image
 
 from xtuner_ext.data.dataset import ConversationDataset
 from xtuner_ext.data.templates import get_template
+from xtuner_ext.errors import UserError
 from xtuner_ext.evaluation.runner import answer, read_questions, render, stop_token_ids
 
 MIXERS = {
@@ -43,6 +44,16 @@ def test_every_turn_is_a_question_with_the_gold_history_and_its_images(conversat
     assert names == [[], ["a.png"], ["a.png", "b.png"]]
     assert (text["category"], second["category"]) == ("t", "all")
     assert second["where"].endswith("d.jsonl:3")
+
+
+def test_plain_text_asks_nothing(conversations):
+    path = conversations.parent / "d.jsonl"
+    text = json.dumps({"text": "words"}) + "\n"
+    path.write_text(text + path.read_text())
+    assert [question["id"] for question in read_questions(conversations)] == ["text", "two#0", "two#1"]
+    path.write_text(text)
+    with pytest.raises(UserError, match="d.json asks no question, it names plain text only"):
+        read_questions(conversations)
 
 
 def test_limit_takes_the_first_questions(conversations):

@@ -1,4 +1,4 @@
-"""xtuner-ext data make-digits OUT: prepare data."""
+"""xtuner-ext data make-digits OUT, make-text OUT: prepare data."""
 
 import argparse
 import sys
@@ -18,6 +18,27 @@ def parse_args(argv):
     digits.add_argument("--seed", type=int, default=0)
     digits.add_argument("--train", type=int, default=12000, help="training samples")
     digits.add_argument("--test", type=int, default=1200, help="held-out questions")
+    digits.set_defaults(make=_digits)
+    text = verbs.add_parser(
+        "make-text",
+        help="passages of documents and a teacher's answers",
+        description="Write JSONL of passages and answers, and one meta JSON per split. Without --documents and "
+        "--debian, a few Debian packages with English books and manuals are fetched.",
+        epilog="example: xtuner-ext data make-text work_dirs/smollm2/data --teacher work_dirs/smollm2/teacher",
+    )
+    text.add_argument("out", help="folder to create")
+    text.add_argument("--teacher", required=True, help="model folder; its tokenizer measures, it answers")
+    text.add_argument("--documents", nargs="+", action="extend", default=[], metavar="PATH", help="folders of texts")
+    text.add_argument("--debian", nargs="+", action="extend", default=[], metavar="PACKAGE", help="packages to fetch")
+    text.add_argument("--prompts", metavar="FILE", help="one prompt a line (default: the list of this package)")
+    text.add_argument("--answers", type=int, metavar="N", help="prompts to answer (default: all; 0 needs no model)")
+    text.add_argument("--passage-tokens", type=int, default=256, metavar="N", help="tokens of a passage")
+    text.add_argument("--train-tokens", type=int, default=400_000, metavar="N", help="most tokens to train on")
+    text.add_argument("--held-out-tokens", type=int, default=40_000, metavar="N", help="most held-out tokens")
+    text.add_argument("--max-new-tokens", type=int, default=160, metavar="N", help="longest answer")
+    text.add_argument("--seed", type=int, default=0, help="seed of the answers")
+    text.add_argument("--trust-remote-code", action="store_true", help="run the teacher's own tokenizer code")
+    text.set_defaults(make=_text)
     return parser.parse_args(argv)
 
 
@@ -30,9 +51,22 @@ def main(argv):
     Returns:
         int: Exit status.
     """
-    args = parse_args(argv)
-    from ..data.sources.digits import make_digits
-
-    for split, path in make_digits(args.out, args.seed, args.train, args.test).items():
+    args = vars(parse_args(argv))
+    make = args.pop("make")
+    del args["verb"]
+    for split, path in make(**args).items():
         sys.stdout.write(f"{split}: {path}\n")
     return 0
+
+
+def _digits(**arguments):
+    from ..data.sources.digits import make_digits
+
+    return make_digits(**arguments)
+
+
+def _text(**arguments):
+    from ..data.sources.text import make_text
+    from .progress import progress
+
+    return make_text(**arguments, progress=progress)

@@ -1,4 +1,4 @@
-"""InternVL's meta JSON and JSONL annotations, checked when they are opened."""
+"""InternVL's meta JSON and JSONL annotations of conversations or plain text, checked when they are opened."""
 
 import dataclasses
 import json
@@ -21,8 +21,10 @@ class Record:
     Attributes:
         id (object): The line's own id, or its line number.
         images (list[Path]): Image files in the order of their placeholders.
-        turns (list[tuple[str, str]]): Questions (with ``<image>``) and answers.
+        turns (list[tuple[str, str]]): Questions (with ``<image>``) and answers; none in plain text.
         system (str | None): System message.
+        text (str | None): Plain text, in place of turns.
+        ended (bool): Whether the last answer, or the text, ends here and that end is trained.
         category (str): Question kind, for scores.
         where (str): ``file:line``, for messages.
     """
@@ -31,6 +33,8 @@ class Record:
     images: list
     turns: list
     system: str | None
+    text: str | None
+    ended: bool
     category: str
     where: str
 
@@ -151,6 +155,9 @@ class JsonlAnnotations:
 def parse_record(line, where, root, number):
     """Check one annotation line.
 
+    A line holds ``conversations``, perhaps with ``image``, or ``text``. ``"end": false`` says that the last
+    answer was cut off, ``"end": true`` that a text is whole; an end token is trained only where there is an end.
+
     Args:
         line (bytes): JSON text.
         where (str): ``file:line`` for messages.
@@ -167,12 +174,20 @@ def parse_record(line, where, root, number):
         item = json.loads(line)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{where}: malformed JSON: {error}") from error
-    if not isinstance(item, dict) or not isinstance(item.get("conversations"), list):
-        raise UserError(f"{where}: expected an object with a list 'conversations'")
+    if not isinstance(item, dict) or not {"conversations", "text"} & set(item):
+        raise UserError(f"{where}: expected an object with a list 'conversations' or a 'text'")
     images = item.get("image") or []
     images = [images] if isinstance(images, str) else images
     if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
         raise UserError(f"{where}: 'image' is {item['image']!r}, expected a path or a list of paths")
+    ended = item.get("end", "conversations" in item)
+    if not isinstance(ended, bool):
+        raise UserError(f"{where}: 'end' is {ended!r}, expected true or false")
+    common = dict(id=item.get("id", number), ended=ended, category=str(item.get("category", "all")), where=where)
+    if "text" in item:
+        return Record(text=_text(item, images, where), images=[], turns=[], system=None, **common)
+    if not isinstance(item["conversations"], list):
+        raise UserError(f"{where}: 'conversations' is {type(item['conversations']).__name__}, expected a list")
     system, turns = _turns(item["conversations"], where)
     placeholders = sum(question.count(IMAGE_PLACEHOLDER) for question, _ in turns)
     if len(images) == 1 and placeholders == 0:
@@ -180,14 +195,19 @@ def parse_record(line, where, root, number):
         placeholders = 1
     if placeholders != len(images):
         raise UserError(f"{where}: {len(images)} images but {placeholders} {IMAGE_PLACEHOLDER} placeholders")
-    return Record(
-        id=item.get("id", number),
-        images=[root / image for image in images],
-        turns=turns,
-        system=system,
-        category=str(item.get("category", "all")),
-        where=where,
-    )
+    return Record(text=None, images=[root / image for image in images], turns=turns, system=system, **common)
+
+
+def _text(item, images, where):
+    if "conversations" in item:
+        raise UserError(f"{where}: has both 'text' and 'conversations', expected one of them")
+    if not isinstance(item["text"], str):
+        raise UserError(f"{where}: 'text' is {type(item['text']).__name__}, expected a string")
+    if not item["text"].strip():
+        raise UserError(f"{where}: 'text' is empty")
+    if images:
+        raise UserError(f"{where}: has images beside 'text', expected them with 'conversations' only")
+    return item["text"]
 
 
 def _turns(conversations, where):

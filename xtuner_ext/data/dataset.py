@@ -1,4 +1,4 @@
-"""Conversations with images as training samples."""
+"""Conversations with images, and plain text, as training samples."""
 
 import logging
 
@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from ..errors import UserError
 from .annotation import JsonlAnnotations, read_meta
-from .masking import encode_conversation
+from .masking import encode_conversation, encode_text
 from .template_fit import fit_template
 
 
@@ -73,7 +73,13 @@ class ConversationDataset(Dataset):
         for question, answer in record.turns:
             here = [next(counts) for _ in range(question.count("<image>"))]
             turns.append((self.processor.expand(question, here), answer))
-        input_ids, labels = encode_conversation(self.processor.tokenizer, self.template, turns, record.system)
+        tokenizer = self.processor.tokenizer
+        if record.text is None:
+            input_ids, labels = encode_conversation(tokenizer, self.template, turns, record.system, record.ended)
+        elif record.ended and tokenizer.eos_token_id is None:
+            raise UserError(f"{record.where}: 'end' is true, but the tokenizer has no end-of-sequence token")
+        else:
+            input_ids, labels = encode_text(tokenizer, record.text, record.ended)
         if len(input_ids) > self.max_length:
             message = f"{record.where}: {len(input_ids)} tokens, more than max_length={self.max_length}: skipped"
             print_log(message, logger="current", level=logging.WARNING)

@@ -1,11 +1,11 @@
-"""Token ids and labels of a conversation, turn by turn."""
+"""Token ids and labels of conversations, turn by turn, and of plain text."""
 
 import torch
 
 IGNORE_INDEX = -100
 
 
-def encode_conversation(tokenizer, template, turns, system=None):
+def encode_conversation(tokenizer, template, turns, system=None, ended=True):
     """Tokenize a conversation and mark what is trained.
 
     Every turn is tokenized on its own, as question block plus answer, so no re-tokenized substring has to
@@ -17,21 +17,21 @@ def encode_conversation(tokenizer, template, turns, system=None):
         template (Template): Conversation template.
         turns (list[tuple[str, str]]): Questions and answers, image tokens already expanded.
         system (str, optional): System message.
+        ended (bool): Whether the last answer gets its suffix; one that was cut off does not.
 
     Returns:
         tuple[Tensor, Tensor]: ``input_ids`` and ``labels`` (L,); labels are -100 outside the answers.
     """
-    ids = list(tokenizer("").input_ids)
-    if ids and tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id:
-        ids = ids[:-1]
+    ids = _leading_ids(tokenizer)
     labels = [IGNORE_INDEX] * len(ids)
     for number, (question, answer) in enumerate(turns):
         prompt = template.prompt(question, first=number == 0, system=system)
+        answer = template.answer(answer, ended=ended or number < len(turns) - 1)
         prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
-        turn_ids = tokenizer(prompt + template.answer(answer), add_special_tokens=False).input_ids
+        turn_ids = tokenizer(prompt + answer, add_special_tokens=False).input_ids
         if turn_ids[: len(prompt_ids)] != prompt_ids:
             # The answer merges with the prompt's end; generation starts from the prompt's own tokens.
-            turn_ids = prompt_ids + tokenizer(template.answer(answer), add_special_tokens=False).input_ids
+            turn_ids = prompt_ids + tokenizer(answer, add_special_tokens=False).input_ids
         ids += turn_ids
         labels += [IGNORE_INDEX] * len(prompt_ids) + turn_ids[len(prompt_ids) :]
     return torch.tensor(ids), torch.tensor(labels)
@@ -49,3 +49,31 @@ def next_token_rows(labels):
     rows = torch.zeros_like(labels, dtype=torch.bool)
     rows[:, :-1] = labels[:, 1:] != IGNORE_INDEX
     return rows
+
+
+def encode_text(tokenizer, text, ended=False):
+    """Tokenize plain text and train all of it.
+
+    What looks like a special token in the text is read as the characters it is made of: a document that
+    mentions ``<image>`` or an end token neither claims an image slot nor ends.
+
+    Args:
+        tokenizer (PreTrainedTokenizerBase): Its own leading tokens (such as a beginning-of-sequence token)
+            are put in front, untrained.
+        text (str): Any text.
+        ended (bool): Append the end-of-sequence token, which the tokenizer must have.
+
+    Returns:
+        tuple[Tensor, Tensor]: ``input_ids`` and ``labels`` (L,).
+    """
+    lead = _leading_ids(tokenizer)
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+    if ended:
+        ids = [*ids, tokenizer.eos_token_id]
+    return torch.tensor(lead + ids), torch.tensor([IGNORE_INDEX] * len(lead) + ids)
+
+
+def _leading_ids(tokenizer):
+    ids = list(tokenizer("").input_ids)
+    ends = ids and tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id
+    return ids[:-1] if ends else ids

@@ -57,9 +57,9 @@ class Template:
         head = self.sep if not first else self.system.format(system=system) if system else ""
         return head + self.instruction.replace("{input}", question)
 
-    def answer(self, text):
-        """str: What the model is to say for an answer."""
-        return self.lead + text + self.suffix
+    def answer(self, text, ended=True):
+        """str: What the model is to say for an answer; one that was cut off has no suffix."""
+        return self.lead + text + (self.suffix if ended else "")
 
     def jinja(self):
         """str: The same conversations as a Hugging Face chat template; images become ``<image>`` lines."""

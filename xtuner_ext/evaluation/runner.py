@@ -5,11 +5,14 @@ import torch
 from ..data.annotation import JsonlAnnotations, read_meta
 from ..data.dataset import open_image
 from ..data.templates import render
+from ..errors import UserError
 from .scorers import exact_match
 
 
 def read_questions(meta, limit=None):
     """Questions of every dataset in a meta JSON; later turns bring the earlier ones with their gold answers.
+
+    Plain text asks nothing and is passed over.
 
     Args:
         meta (str): Path of the meta JSON.
@@ -17,6 +20,9 @@ def read_questions(meta, limit=None):
 
     Returns:
         list[dict]: ``id``, ``turns`` (question, answer or None), ``images``, ``gold``, ``category``, ``where``.
+
+    Raises:
+        UserError: For annotations that are broken or ask nothing.
     """
     questions = []
     for entry in read_meta(meta):
@@ -39,6 +45,8 @@ def read_questions(meta, limit=None):
                 )
                 if limit is not None and len(questions) == limit:
                     return questions
+    if not questions:
+        raise UserError(f"meta file {meta} asks no question, it names plain text only")
     return questions
 
 

@@ -5,14 +5,13 @@ picture is composed, so no held-out digit is ever seen in training.
 """
 
 import json
-import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from ...errors import UserError
+from .folder import is_made, new_folder
 
 CELLS = ("top left", "top right", "bottom left", "bottom right")
 CLASSES = {
@@ -52,30 +51,13 @@ def make_digits(out, seed=0, train=12000, test=1200, named_presence=False):
     settings = {"seed": seed, "train": train, "test": test}
     settings.update({"named_presence": True} if named_presence else {})
     questions = [_named_presence if named_presence and kind is _presence else kind for kind in _QUESTIONS]
-    stamp = out / "settings.json"
     metas = {split: str(out / f"{split}.json") for split in ("train", "test")}
-    if stamp.is_file():
-        found = json.loads(stamp.read_text())
-        if found != settings:
-            raise UserError(f"{out} was made with {found}, expected {settings}: remove it or choose another folder")
+    if is_made(out, settings, "make-digits"):
         return metas
-    if out.is_file():
-        raise UserError(f"{out} is a file, expected a folder")
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} is not empty and was not made by make-digits")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
+    with new_folder(out, settings) as work:
         pools = split_digits()
         for number, (split, count) in enumerate((("train", train), ("test", test))):
             _write_split(work, split, count, pools[split], questions, np.random.default_rng([seed, number]))
-        (work / "settings.json").write_text(json.dumps(settings))
-        work.chmod(0o755)
-        if out.exists():
-            out.rmdir()
-        work.rename(out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return metas
 
 
