@@ -18,7 +18,7 @@ from ..modeling.configuration import MixerConfig, check_layer_types
 from .base import HybridModel
 from .layer_selection import read_selection
 from .local_backward import local_backward
-from .losses import alignment_error, chunked_divergence
+from .losses import alignment_error, chunked_divergence, density_weights
 from .stages import describe, fingerprint, load_previous_stage
 
 TRAINABLE = {
@@ -32,7 +32,7 @@ TRAINABLE = {
 }
 SCOPES = ("new", "mixers", "projections", "all")
 # Options of the losses with their defaults, and the words that some of them take.
-ALIGNMENT = {"scale": 1000.0, "normalise": False, "after_projection": False}
+ALIGNMENT = {"scale": 1000.0, "normalise": False, "after_projection": False, "density": 0.0}
 DIVERGENCE = {"direction": "forward", "temperature": 1.0, "tokens": "answer", "reduction": "mean", "chunk_rows": 512}
 WORDS = {
     "direction": ("forward", "reverse", "js"),
@@ -56,7 +56,8 @@ class DistillModel(HybridModel):
             output projection) or ``all``; by default ``new`` in stage 1 and ``mixers`` after it. ``all`` is
             for stage 3 and loads a frozen teacher besides the student.
         alignment (dict, optional): Stages 1 and 2: ``scale`` and ``normalise`` of the layer loss, and
-            ``after_projection`` to compare what the output projection makes of the heads.
+            ``after_projection`` to compare what the output projection makes of the heads, and ``density``,
+            which weighs image tokens by how little they resemble their image's others.
         divergence (dict, optional): Stage 3: ``direction``, ``temperature``, ``tokens`` (``answer`` or
             ``all``), ``reduction`` (``mean`` over tokens or ``batchmean``) and ``chunk_rows``.
         trainable_dtype (str, optional): Such as ``"float32"``, for weights that train beside frozen bf16
@@ -221,9 +222,15 @@ class DistillModel(HybridModel):
         context = decoder.layer_context(embeds, **inputs)
         mask = context["token_mask"]
         real = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask
-        image = (input_ids == self.llm.config.image_token_id) & real
+        kinds = {"text": real}
+        if self.llm.config.vision is not None:
+            image = (input_ids == self.llm.config.image_token_id) & real
+            kinds = {"image": image, "text": real & ~image}
+        weights = mask
+        if self.alignment["density"] and "image" in kinds:
+            weights = real * density_weights(embeds, image, self.alignment["density"])
         errors, measures, hidden = [], {}, embeds
-        split = {"image": [], "text": []}
+        split = {kind: [] for kind in kinds}
         for index, layer in enumerate(decoder.layers):
             pair, layer_inputs = layer.mixer, layer.mixer_context(context)
             with torch.no_grad():
@@ -237,10 +244,9 @@ class DistillModel(HybridModel):
                     prediction = pair.mamba(normed, **layer_inputs)[:, :, None]
                 else:
                     prediction = pair.mamba.head_outputs(normed, **layer_inputs)
-                error = alignment_error(prediction, target, mask, normalise)
+                error = alignment_error(prediction, target, weights, normalise)
                 prediction = prediction.detach()
-                parts = {"image": image, "text": real & ~image}
-                return error, {k: alignment_error(prediction, target, part, normalise) for k, part in parts.items()}
+                return error, {k: alignment_error(prediction, target, part, normalise) for k, part in kinds.items()}
 
             trained = [parameter for parameter in pair.mamba.parameters() if parameter.requires_grad]
             error, by_kind = local_backward(align, trained)
