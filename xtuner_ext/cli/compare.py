@@ -111,10 +111,11 @@ def compare_folders(args):
 
 def print_tables(result):
     """Print one row per model, and the students' measures by category where there are several."""
-    from rich.console import Console
     from rich.table import Table
 
-    console, students = Console(), result["students"]
+    from .console import console
+
+    out, students = console(), result["students"]
     table = Table(title=f"{result['data']}: {students[0]['tokens']:,} supervised tokens")
     scored = "accuracy" in result["teacher"]
     aligned = all(student["alignment"] for student in students)
@@ -134,10 +135,10 @@ def print_tables(result):
     for row in students:
         errors = [f"{row['alignment'][kind]:.3f}" for kind in ("text", "image")[: aligned + seeing]]
         table.add_row(row["model"], f"{row['kl']:.4f}", f"{row['agreement']:.1%}", f"{row['perplexity']:.2f}", *errors, *tail(row))
-    console.print(table)
+    out.print(table)
     for row in students:
         if len(row["by_category"]) > 1:
-            console.print(_category_table(row, scored))
+            out.print(_category_table(row, scored))
 
 
 def _category_table(row, scored):

@@ -129,8 +129,9 @@ def _check_replaceable(out):
 
 def print_table(metrics):
     """Print accuracy by category."""
-    from rich.console import Console
     from rich.table import Table
+
+    from .console import console
 
     table = Table(title=f"{metrics['model']} on {metrics['data']}")
     for column in ("category", "accuracy", "questions"):
@@ -139,4 +140,4 @@ def print_table(metrics):
         table.add_row(name, f"{score['accuracy']:.1%}", str(score["count"]))
     table.add_section()
     table.add_row("all", f"{metrics['accuracy']:.1%}", str(metrics["count"]))
-    Console().print(table)
+    console().print(table)

@@ -154,10 +154,11 @@ def print_tables(report):
     Args:
         report (dict): From :func:`inspect_folder`.
     """
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    from .console import console
+
+    screen = console()
     facts = Table(title=report["folder"], show_header=False)
     facts.add_column(style="bold")
     facts.add_column()
@@ -181,14 +182,14 @@ def print_tables(report):
     }
     for name, text in rows.items():
         facts.add_row(name, text)
-    console.print(facts)
+    screen.print(facts)
     students = Table(title="Cache of one sequence after so many tokens, in bf16, states in fp32")
     students.add_column("model", no_wrap=True)
     for name in ("parameters", *(f"{length // 1024}K" for length in LENGTHS)):
         students.add_column(name, justify="right", no_wrap=True)
     for model in report["models"]:
         students.add_row(model["name"], f"{model['parameters']:,}", *map(_bytes, model["cache_bytes"].values()))
-    console.print(students)
+    screen.print(students)
 
 
 def _bytes(count):

@@ -258,8 +258,9 @@ def earlier_scores(path, model, data):
 
 def print_table(metrics):
     """Print one row per model."""
-    from rich.console import Console
     from rich.table import Table
+
+    from .console import console
 
     table = Table(title=f"{metrics['teacher']['count']} held-out questions")
     for column in ("model", "accuracy", "kept", "parameters", "cache at 1K", "cache at 64K"):
@@ -268,7 +269,7 @@ def print_table(metrics):
         cache = (f"{row['cache_bytes'][length] / 1024:,.0f} KiB" for length in CACHE_LENGTHS)
         kept = f"{row['kept']:.1%}" if "kept" in row else ""
         table.add_row(name, f"{row['accuracy']:.1%}", kept, f"{row['parameters']:,}", *cache)
-    Console(width=100).print(table)
+    console().print(table)
 
 
 def say(text):

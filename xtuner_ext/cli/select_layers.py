@@ -139,8 +139,9 @@ def _plot(result, path):
 
 def print_table(result):
     """Print the chosen layers and what other placements of as many would give."""
-    from rich.console import Console
     from rich.table import Table
+
+    from .console import console
 
     table = Table(title=f"KL to the teacher over {result['tokens']:,} held-out tokens, without training")
     for column in ("attention in", "layers", "KL"):
@@ -148,4 +149,4 @@ def print_table(result):
     table.add_row("no layer", "", f"{result['linear']:.4f}")
     for name, row in result["placements"].items():
         table.add_row(name, " ".join(map(str, row["layers"])), f"{row['kl']:.4f}")
-    Console().print(table)
+    console().print(table)
