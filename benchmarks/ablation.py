@@ -6,38 +6,61 @@ measure is the student's KL to its teacher on held-out samples; ``worse by`` is 
 
 import argparse
 import json
+import os
 import statistics
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from training import REPOSITORY, held_out, machine, train
 
+ALIGNMENT_UNSCALED = {"model.alignment.normalise": False, "model.alignment.scale": 1000.0}
+AFTER_PROJECTION = {
+    "1": {"model.alignment.after_projection": True},
+    "2": {"model.alignment.after_projection": True, "model.trainable": "projections"},
+    "3": {"model.trainable": "projections"},
+}
 # Name -> config changes per stage; "all" applies to every stage.
-VARIANTS = {
+COMMON = {
     "improved recipe": {},
     "attention's rotary positions left out": {"all": {"model.mixer.use_rope": False}},
-    "q and k not brought to unit length": {"all": {"model.mixer.qk_norm": None}},
-    "gates start shut": {"all": {"model.seeding.gate": "xavier"}},
+    "q and k brought to unit length": {"all": {"model.mixer.qk_norm": "l2"}},
     "decay rates -e, random time steps": {"all": {"model.seeding.A_log": 1.0, "model.seeding.dt_spacing": "random"}},
     "slow heads only: steps 0.0001 to 0.01": {"all": {"model.seeding.dt_min": 1e-4, "model.seeding.dt_max": 1e-2}},
     "no convolution": {"all": {"model.mixer.conv_kernel": 0}},
     "no SiLU after the convolution": {"all": {"model.mixer.conv_activation": None}},
-    "layer errors not divided by their energy": {
-        "1": {"model.alignment.normalise": False, "model.alignment.scale": 1000.0},
-        "2": {"model.alignment.normalise": False, "model.alignment.scale": 1000.0},
-    },
-    "aligned after the output projection, which trains": {
-        "1": {"model.alignment.after_projection": True},
-        "2": {"model.alignment.after_projection": True, "model.trainable": "projections"},
-    },
-    "image tokens weighted by density": {"1": {"model.alignment.density": 1.0}, "2": {"model.alignment.density": 1.0}},
-    "window of 16 tokens and a sink": {"all": {"model.mixer.window": 16, "model.mixer.sink": True, "model.seeding.gate": "xavier"}},
-    "window of 16 tokens and a sink, gates open": {"all": {"model.mixer.window": 16, "model.mixer.sink": True}},
-    "every token matched in stage 3": {"3": {"model.divergence.tokens": "all"}},
+    "layer errors not divided by their energy": {"1": ALIGNMENT_UNSCALED, "2": ALIGNMENT_UNSCALED},
     "reverse KL": {"3": {"model.divergence.direction": "reverse"}},
     "Jensen-Shannon": {"3": {"model.divergence.direction": "js"}},
     "temperature 2": {"3": {"model.divergence.temperature": 2.0}},
-    "only mixers train in stage 3": {"3": {"model.trainable": "mixers"}},
-    "the rest trains at a tenth of the rate": {"3": {"optim_wrapper.paramwise_cfg": "dict(rest_lr_mult=0.1)"}},
+}
+VARIANTS = {
+    "digits": {
+        **COMMON,
+        "gates start shut": {"all": {"model.seeding.gate": "xavier"}},
+        "aligned after the output projection, which trains": {**AFTER_PROJECTION, "3": {}},
+        "image tokens weighted by density": {"1": {"model.alignment.density": 1.0}, "2": {"model.alignment.density": 1.0}},
+        "window of 16 tokens and a sink": {
+            "all": {"model.mixer.window": 16, "model.mixer.sink": True, "model.seeding.gate": "xavier"}
+        },
+        "window of 16 tokens and a sink, gates open": {"all": {"model.mixer.window": 16, "model.mixer.sink": True}},
+        "every token matched in stage 3": {"3": {"model.divergence.tokens": "all"}},
+        "only mixers train in stage 3": {"3": {"model.trainable": "mixers"}},
+        "the rest trains at a tenth of the rate": {"3": {"optim_wrapper.paramwise_cfg": "dict(rest_lr_mult=0.1)"}},
+    },
+    "smollm2": {
+        **COMMON,
+        "gates start open": {"all": {"model.seeding.gate": "open"}},
+        "aligned after the output projection, which trains": AFTER_PROJECTION,
+        "no sink": {"all": {"model.mixer.sink": False}},
+        "no window, gates open": {
+            "all": {"model.mixer.window": 0, "model.mixer.sink": False, "model.seeding.gate": "open"}
+        },
+        "window of 32 tokens": {"all": {"model.mixer.window": 32}},
+        "window of 128 tokens": {"all": {"model.mixer.window": 128}},
+        "every weight trains in stage 3, the rest at a tenth of the rate": {
+            "3": {"model.trainable": "all", "optim_wrapper.paramwise_cfg": "dict(rest_lr_mult=0.1)"}
+        },
+    },
 }
 
 
@@ -47,11 +70,17 @@ def main():
     parser.add_argument("--teacher", choices=("digits", "smollm2"), default="digits")
     parser.add_argument("--iterations", type=int, nargs=3, default=(100, 100, 300), metavar="N", help="of stages 1, 2, 3")
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--only", nargs="+", default=list(VARIANTS), metavar="VARIANT")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at the same time, a thread each if several")
+    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="rows, the first one is compared with")
     parser.add_argument("--work-dir", type=Path, default=REPOSITORY / "work_dirs" / "ablation")
     parser.add_argument("--json", action="store_true", help="end with the numbers on one line")
     args = parser.parse_args()
-    rows = {name: [run(args, name, seed) for seed in range(args.seeds)] for name in args.only}
+    names = args.only or list(VARIANTS[args.teacher])
+    if args.jobs > 1:
+        os.environ["OMP_NUM_THREADS"] = "1"
+    with ThreadPoolExecutor(args.jobs) as pool:
+        runs = {name: [pool.submit(run, args, name, seed) for seed in range(args.seeds)] for name in names}
+        rows = {name: [one.result() for one in found] for name, found in runs.items()}
     print_table(rows, args)
     if args.json:
         print(json.dumps({"teacher": args.teacher, "rows": rows}))
@@ -60,7 +89,7 @@ def main():
 def run(args, name, seed):
     """dict: The last held-out measures of one variant's linear student."""
     base = args.work_dir / args.teacher / "-".join(map(str, args.iterations)) / slug(name) / str(seed)
-    project, changes = f"mmmamba/{args.teacher}", VARIANTS[name]
+    project, changes = f"mmmamba/{args.teacher}", VARIANTS[args.teacher][name]
     for number, (stage, count) in enumerate(zip(("stage1", "stage2", "stage3_linear"), args.iterations), start=1):
         options = {**changes.get("all", {}), **changes.get(str(number), {})}
         train(f"{project}/{stage}", base / stage, count, options, seed)
@@ -70,7 +99,7 @@ def run(args, name, seed):
 def print_table(rows, args):
     """Print one Markdown row per variant."""
     base = [row["kl"] for row in next(iter(rows.values()))]
-    print(f"| change | KL | worse by | same first word |\n|---|---:|---:|---:|")
+    print("| change | KL | worse by | same first word |\n|---|---:|---:|---:|")
     for name, results in rows.items():
         kl = [row["kl"] for row in results]
         # Seed by seed, so that what a seed has in common falls out.

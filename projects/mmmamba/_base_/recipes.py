@@ -11,7 +11,7 @@ reference_alignment = dict(scale=1000.0, normalise=False)
 reference_divergence = dict(direction="forward", temperature=1.0, tokens="all", reduction="batchmean")
 
 improved_mixer = dict(
-    conv_kernel=2, conv_activation="silu", qk_norm="l2", use_rope=True, gate=True, gate_bias=True
+    conv_kernel=2, conv_activation="silu", qk_norm=None, use_rope=True, gate=True, gate_bias=True
 )
 improved_seeding = dict(A_log=0.0, dt_spacing="log", dt_min=1e-3, dt_max=1e-1, gate="open")
 improved_alignment = dict(scale=1.0, normalise=True)
