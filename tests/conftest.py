@@ -64,3 +64,36 @@ def tiny_model(digits):
             return HybridVLForCausalLM(config).eval()
 
     return build
+
+
+@pytest.fixture(scope="session")
+def write_text_model():
+    """Function that writes a small random Llama or Qwen2 and returns transformers' own model of it."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+    classes = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
+    sizes = dict(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        # Large enough that a mistake anywhere shows.
+        initializer_range=0.3,
+    )
+
+    def write(folder, family, **changes):
+        config_class, model_class = classes[family]
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = model_class(config_class(**{**sizes, **changes})).eval()
+            for name, parameter in model.named_parameters():
+                if name.endswith("bias") or "norm" in name:
+                    parameter.data += 0.3 * torch.randn_like(parameter)
+        model.save_pretrained(folder)
+        return model
+
+    return write

@@ -28,7 +28,7 @@ def test_version(capsys):
     ("argv", "message"),
     [
         (["trian"], "trian is not a verb; did you mean train?"),
-        (["convert"], "convert was given alone, one of merge, pth_to_hf, split must follow it"),
+        (["convert"], "convert was given alone, one of gguf_to_hf, merge, pth_to_hf, split must follow it"),
         (["convert", "pth_to"], "convert pth_to is not a verb; did you mean pth_to_hf?"),
         (["log-dataset", "no_such_config.py"], "config no_such_config.py is neither a file nor the name"),
     ],

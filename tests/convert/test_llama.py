@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from xtuner_ext.convert import llama, load_teacher, qwen2
 from xtuner_ext.convert.checkpoint import read_state
 from xtuner_ext.errors import UserError
+from xtuner_ext.modeling import HybridVLForCausalLM
 
 TOLERANCE = dict(rtol=1e-5, atol=1e-5)
 LLAMA3 = dict(
@@ -19,13 +20,15 @@ LLAMA3 = dict(
     high_freq_factor=4.0,
     original_max_position_embeddings=32,
 )
+DYNAMIC = dict(rope_type="dynamic", factor=2.0, rope_theta=1e4)
+YARN = dict(rope_type="yarn", factor=4.0, rope_theta=1e6, original_max_position_embeddings=16)
 VARIANTS = {
     "llama": ("llama", {}),
     "tied": ("llama", dict(tie_word_embeddings=True)),
     "llama3": ("llama", dict(rope_parameters=LLAMA3)),
     "linear rope": ("llama", dict(rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=10000.0))),
-    "dynamic rope": ("llama", dict(rope_parameters=dict(rope_type="dynamic", factor=2.0, rope_theta=1e4), max_position_embeddings=8)),
-    "yarn": ("qwen2", dict(rope_parameters=dict(rope_type="yarn", factor=4.0, rope_theta=1e6, original_max_position_embeddings=16))),
+    "dynamic rope": ("llama", dict(rope_parameters=DYNAMIC, max_position_embeddings=8)),
+    "yarn": ("qwen2", dict(rope_parameters=YARN)),
     "wide heads": ("llama", dict(head_dim=16, rms_norm_eps=1e-3)),
     "mlp bias": ("llama", dict(mlp_bias=True)),
     "qwen2": ("qwen2", {}),
@@ -50,6 +53,16 @@ def test_logits_equal_those_of_transformers(variant, left_padded, is_tied):
     padded, expected = (m(ids, attention_mask=mask).logits[mask.bool()] for m in (model, theirs))
     torch.testing.assert_close(padded, expected, **TOLERANCE)
     assert is_tied(model) == theirs.config.tie_word_embeddings == is_tied(model.to(torch.bfloat16))
+
+
+@torch.no_grad()
+def test_saved_and_read_again_it_is_the_same(variant, left_padded, tmp_path_factory, is_tied):
+    folder, out = variant[0], tmp_path_factory.mktemp("saved")
+    model = load_teacher(folder)
+    model.save_pretrained(out)
+    again = HybridVLForCausalLM.from_pretrained(out).eval()
+    assert is_tied(again) == is_tied(model) and again.config.rope_parameters == model.config.rope_parameters
+    assert torch.equal(again(left_padded[0]).logits, model(left_padded[0]).logits)
 
 
 def test_written_back_bit_by_bit(variant):
@@ -78,7 +91,8 @@ def test_config_of_transformers_4_means_the_same(tmp_path, write_text_model, lef
     raw = old_style(json.loads(path.read_text()), {"rope_theta": 500000.0, "rope_scaling": scaling})
     path.write_text(json.dumps(raw))
     with torch.no_grad():
-        torch.testing.assert_close(load_teacher(tmp_path)(left_padded[0]).logits, theirs(left_padded[0]).logits, **TOLERANCE)
+        found, expected = (model(left_padded[0]).logits for model in (load_teacher(tmp_path), theirs))
+    torch.testing.assert_close(found, expected, **TOLERANCE)
 
 
 def test_missing_keys_take_the_family_own_defaults():

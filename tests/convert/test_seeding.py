@@ -13,9 +13,10 @@ from xtuner_ext.modeling import Attention, HybridVLConfig, Mamba2Mixer
 HEADS, WIDTH = 16, 64
 
 
-def seeded(seed=0, mixer=None, **seeding):
+def seeded(seed=0, mixer=None, bias=False, **seeding):
     """A mixer filled from a random attention, and that attention."""
     config = HybridVLConfig(
+        attention_bias=bias,
         num_hidden_layers=1,
         hidden_size=WIDTH,
         num_attention_heads=HEADS,
@@ -38,6 +39,14 @@ def test_projections_are_the_attention_own():
         assert torch.equal(getattr(mamba, name).weight, getattr(attention, name).weight), name
     mamba.q_proj.weight.data.zero_()
     assert attention.q_proj.weight.abs().sum() > 0  # a copy, not the same tensor
+
+
+def test_biases_of_q_k_and_v_are_the_attentions_own_or_zero():
+    mamba, attention = seeded(bias=True)
+    fresh, _ = seeded(bias=True, inherit_qkv=False)
+    for name in ("q_proj", "k_proj", "v_proj"):
+        assert torch.equal(getattr(mamba, name).bias, getattr(attention, name).bias), name
+        assert (getattr(fresh, name).bias == 0).all(), name
 
 
 def test_reference_start():

@@ -45,14 +45,14 @@ def belongs_to_stock(argv):
     if {"-h", "--help"} & set(argv):
         return False
     positional = parse_args(argv).model_name_or_path
-    from ..convert.teacher import resolve_folder, teacher_family
+    from ..convert.teacher import read_model_config, resolve_folder
 
     folder = resolve_folder(positional)
     if not folder.is_dir():
         # A name on a hub, which stock chat downloads; anything else is a path that does not exist.
         return re.fullmatch(r"[\w.-]+/[\w.-]+", positional) is not None and not folder.parent.is_dir()
     try:
-        teacher_family(folder)
+        read_model_config(folder)
     except UserError:
         # A folder that stock chat may know, as long as it is a model at all.
         return (folder / "config.json").is_file()

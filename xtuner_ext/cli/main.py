@@ -24,6 +24,7 @@ OWN_VERBS = {
     "chat": ("chat", "talk with a model, about an image if one is given"),
     "eval": ("eval", "score a model on a data set"),
     "data": ("data", "make and check data sets"),
+    "inspect": ("inspect", "say what a model folder holds and what its students would be"),
     "pipeline": ("pipeline", "run every stage of a project, from data to scores"),
     "convert pth_to_hf": ("convert", "turn a checkpoint into a Hugging Face folder"),
     "convert gguf_to_hf": ("convert", "unpack a GGUF file into a Hugging Face folder"),

@@ -6,7 +6,6 @@ trust_remote_code=True)`` needs nothing of this package; with the package instal
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import torch
@@ -59,6 +58,9 @@ def export_student(
         UserError: When a weight is missing, or the trained, the assembled and the written model do not give
             the same logits.
     """
+    processor = load_processor(teacher, trust_remote_code=trust_remote_code)
+    config.template = config.template or detect_template(processor.tokenizer)
+    template = fit_template(config.template, processor.tokenizer) if config.template else None
     source = load_teacher(teacher)
     with init_empty_weights():
         student = HybridVLForCausalLM(config)
@@ -69,9 +71,6 @@ def export_student(
     if trained_model is not None:
         _check_parity("the assembled student", logits_difference(student.float(), trained_model), ASSEMBLY_TOLERANCE, out)
     student.to(dtype)
-    processor = load_processor(teacher, trust_remote_code=trust_remote_code)
-    config.template = config.template or detect_template(processor.tokenizer)
-    template = fit_template(config.template, processor.tokenizer) if config.template else None
     with whole_folder(out) as folder:
         _write_model(student, folder, max_shard_size)
         _write_processor(processor, template, folder)

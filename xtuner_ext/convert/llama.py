@@ -155,6 +155,7 @@ def check_variant(rope_type, hidden_act, where):
         UserError: For an unknown word.
     """
     if rope_type not in ROPE_TYPES:
-        raise UserError(f"{where}: rotary scaling {rope_type!r} is not supported, expected one of {', '.join(ROPE_TYPES)}")
+        known = ", ".join(ROPE_TYPES)
+        raise UserError(f"{where}: rotary scaling {rope_type!r} is not supported, expected one of {known}")
     if hidden_act not in ACT2FN:
-        raise UserError(f"{where}: hidden_act is {hidden_act!r}, expected an activation of transformers, such as 'silu'")
+        raise UserError(f"{where}: hidden_act is {hidden_act!r}, expected an activation such as 'silu'")

@@ -17,7 +17,7 @@ def refuse_unsupported(raw, where="config.json"):
     """
     for key in EXPERT_KEYS:
         if raw.get(key):
-            raise UserError(f"{where}: {key} is {raw[key]}: mixture-of-experts models are not supported, only dense ones")
+            raise UserError(f"{where}: {key} is {raw[key]}: mixture-of-experts models are not supported")
     if quantised := raw.get("quantization_config"):
         method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
         raise UserError(

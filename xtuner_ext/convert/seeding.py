@@ -74,6 +74,8 @@ def seed_mixer(mixer, attention, seeding, generator):
     else:
         for module in (mixer.q_proj, mixer.k_proj, mixer.v_proj):
             _uniform(module.weight, module.in_features**-0.5, generator)
+            if module.bias is not None:
+                module.bias.zero_()
     mixer.o_proj.load_state_dict(attention.o_proj.state_dict())
     if seeding.mimic:
         _mimic(mixer, seeding, generator)

@@ -14,6 +14,7 @@ from ..modeling.processing import HybridVLProcessor
 from . import hovle, internlm2, llama, qwen2
 from .checkpoint import read_config_json, read_state
 from .llama import EMBEDDING, HEAD
+from .refusals import refuse_unsupported
 
 FAMILIES = (hovle, internlm2, llama, qwen2)
 
@@ -38,16 +39,41 @@ def teacher_family(folder):
     Raises:
         UserError: For a folder that no map covers.
     """
+    return _family(read_config_json(folder), Path(folder) / "config.json")
+
+
+def read_model_config(folder):
+    """Read and translate a folder's config.json.
+
+    Args:
+        folder (str | Path): Model folder.
+
+    Returns:
+        tuple[module, HybridVLConfig]: The family's key map, None for a folder that this package exported, and
+        the model's configuration.
+
+    Raises:
+        UserError: For a folder that no map covers, or an architecture that its map does not.
+    """
+    where = Path(folder) / "config.json"
     raw = read_config_json(folder)
+    family = _family(raw, where)
+    try:
+        return family, HybridVLConfig.from_dict(raw) if family is None else family.model_config(raw, where)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def _family(raw, where):
     if raw.get("model_type") == HybridVLConfig.model_type:
         return None
+    refuse_unsupported(raw, where)
     for family in FAMILIES:
         if family.matches(raw):
             return family
     known = ", ".join(family.NAME for family in FAMILIES)
     raise UserError(
-        f"{Path(folder) / 'config.json'} has model_type {raw.get('model_type')!r}, which is none of: {known}, "
-        f"{HybridVLConfig.model_type}"
+        f"{where} has model_type {raw.get('model_type')!r}, which is none of: {known}, {HybridVLConfig.model_type}"
     )
 
 
@@ -69,12 +95,7 @@ def load_teacher(pretrained_model_name_or_path, dtype=None, attn_implementation=
         UserError: For an unsupported or incomplete folder.
     """
     folder = resolve_folder(pretrained_model_name_or_path)
-    family = teacher_family(folder)
-    raw = read_config_json(folder)
-    try:
-        config = HybridVLConfig.from_dict(raw) if family is None else family.model_config(raw, folder / "config.json")
-    except ValueError as error:
-        raise UserError(f"{folder / 'config.json'}: {error}") from error
+    family, config = read_model_config(folder)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     config._attn_implementation = _attention(dtype) if attn_implementation == "auto" else attn_implementation
     empty = _meta_context()
@@ -145,34 +166,69 @@ def load_processor(pretrained_model_name_or_path, max_tiles=None, trust_remote_c
         HybridVLProcessor: With the folder's tokenizer.
 
     Raises:
-        UserError: When config.json or the tokenizer is missing.
+        UserError: When config.json or the tokenizer is missing, or the tokenizer is larger than the vocabulary.
     """
     folder = resolve_folder(pretrained_model_name_or_path)
-    family, raw = teacher_family(folder), read_config_json(folder)
-    tokenizer = _load_tokenizer(folder, trust_remote_code)
+    family, config = read_model_config(folder)
+    tokenizer = load_tokenizer(folder, trust_remote_code)
     if family is None:
         processor = HybridVLProcessor.from_pretrained(folder)
         processor.tokenizer = tokenizer
     else:
-        config = family.model_config(raw, folder / "config.json")
-        settings = family.processor_settings(raw, folder / "config.json")
+        settings = family.processor_settings(read_config_json(folder), folder / "config.json")
         processor = HybridVLProcessor(tokenizer, tokens_per_tile=config.tokens_per_tile, **settings)
+    check_vocabulary(tokenizer, config, folder)
     if max_tiles is not None:
         processor.max_tiles = max_tiles
     return processor
 
 
-def _load_tokenizer(folder, trust_remote_code):
+def load_tokenizer(folder, trust_remote_code=False):
+    """A folder's tokenizer.
+
+    Args:
+        folder (str | Path): Model folder.
+        trust_remote_code (bool): Run the folder's own tokenizer code.
+
+    Returns:
+        PreTrainedTokenizerBase: Pads on the left.
+
+    Raises:
+        UserError: When there is none that loads.
+    """
     # AutoTokenizer warns of every config.json whose model type it does not know, which says nothing here.
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        return AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         hint = "" if trust_remote_code else "; if it needs code of its own, allow that with trust_remote_code"
         raise UserError(f"{folder} has no tokenizer that loads: {str(error).splitlines()[0]}{hint}") from error
     finally:
         logging.set_verbosity(verbosity)
+    if tokenizer.get_vocab().keys() <= tokenizer.get_added_vocab().keys():
+        # Without files some classes load with no vocabulary at all.
+        raise UserError(f"{folder} has no tokenizer that loads: its files are missing")
+    return tokenizer
+
+
+def check_vocabulary(tokenizer, config, folder):
+    """Insist that a model knows every id that its tokenizer gives.
+
+    Args:
+        tokenizer (PreTrainedTokenizerBase): Tokenizer of the folder.
+        config (HybridVLConfig): Gives the size of the vocabulary.
+        folder (str | Path): Named in messages.
+
+    Raises:
+        UserError: For an id outside the vocabulary.
+    """
+    word, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if largest >= config.vocab_size:
+        raise UserError(
+            f"{folder}: the tokenizer gives {word!r} the id {largest}, but the model's vocabulary has "
+            f"{config.vocab_size} tokens: tokenizer and weights do not belong together"
+        )
 
 
 def _attention(dtype):

@@ -78,7 +78,10 @@ def check_template(template, tokenizer, name="given"):
     control = {word: "its end of an answer" for word in (template.suffix, *template.stop_words) if word}
     control.update({word: "its marker" for word in markers if word not in own and word not in control})
     for word, role in control.items():
-        if len(ids := tokenizer(word, add_special_tokens=False).input_ids) != 1 or ids[0] == tokenizer.unk_token_id:
+        ids = tokenizer(word, add_special_tokens=False).input_ids
+        # The unknown token may itself be a control token.
+        unknown = tokenizer.unk_token_id in ids and word != tokenizer.unk_token
+        if len(ids) != 1 or unknown:
             raise UserError(
                 f"prompt template {name!r} does not fit the tokenizer: {role} {word} is {len(ids)} tokens there, "
                 "expected a single one"
