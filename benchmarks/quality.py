@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import statistics
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from training import REPOSITORY, held_out, machine, train
@@ -25,14 +26,18 @@ def main():
     parser.add_argument("--teacher", choices=("digits", "smollm2"), default="smollm2")
     parser.add_argument("--tokens", type=int, default=150_000, help="training tokens a student has seen at the end")
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=1, help="recipes trained at the same time, a thread each if several")
     parser.add_argument("--work-dir", type=Path, default=REPOSITORY / "work_dirs" / "quality")
     parser.add_argument("--json", action="store_true", help="end with one line of claims as JSON")
     args = parser.parse_args()
+    if args.jobs > 1:
+        os.environ["OMP_NUM_THREADS"] = "1"
+    with ThreadPoolExecutor(args.jobs) as pool:
+        runs = [(recipe, pool.submit(run_recipe, args, recipe, seed)) for seed in range(args.seeds) for recipe in RECIPES]
     results = {}
-    for seed in range(args.seeds):
-        for recipe in RECIPES:
-            for student, measures in run_recipe(args, recipe, seed).items():
-                results.setdefault((recipe, student), []).append(measures)
+    for recipe, run in sorted(runs, key=lambda pair: list(RECIPES).index(pair[0])):
+        for student, measures in run.result().items():
+            results.setdefault((recipe, student), []).append(measures)
     print_table(results, args)
     if args.json:
         print(json.dumps({"claims": claims(results)}))

@@ -18,5 +18,7 @@ improved_alignment = dict(scale=1.0, normalise=True)
 improved_divergence = dict(direction="forward", temperature=1.0, tokens="answer", reduction="mean")
 
 # For teachers whose attention looks mostly at the last tokens and at the first one, as language models' does.
-windowed_mixer = dict(**improved_mixer, window=64, sink=True)
+windowed_mixer = dict(
+    conv_kernel=2, conv_activation="silu", qk_norm="l2", use_rope=True, gate=True, gate_bias=True, window=64, sink=True
+)
 windowed_seeding = dict(A_log=0.0, dt_spacing="log", dt_min=1e-3, dt_max=1e-1, gate="xavier")
