@@ -9,10 +9,10 @@ import argparse
 import json
 import os
 import statistics
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
-from training import REPOSITORY, held_out, machine, train
+from training import REPOSITORY, held_out, machine, select_layers, train
 
 # Iterations of each project's configs give the split of the tokens over the stages.
 RECIPES = {"reference": "mmmamba/{teacher}/reference", "improved": "mmmamba/{teacher}"}
@@ -32,10 +32,14 @@ def main():
     args = parser.parse_args()
     if args.jobs > 1:
         os.environ["OMP_NUM_THREADS"] = "1"
+    counts = {recipe: iterations(args, recipe) for recipe in RECIPES}
     with ThreadPoolExecutor(args.jobs) as pool:
-        runs = [(recipe, pool.submit(run_recipe, args, recipe, seed)) for seed in range(args.seeds) for recipe in RECIPES]
+        keys = [(recipe, seed) for seed in range(args.seeds) for recipe in RECIPES]
+        runs = {key: pool.submit(run_recipe, args, *key, counts[key[0]]) for key in keys}
+        wait(runs.values(), return_when=FIRST_EXCEPTION)
+        pool.shutdown(cancel_futures=True)
     results = {}
-    for recipe, run in sorted(runs, key=lambda pair: list(RECIPES).index(pair[0])):
+    for (recipe, _), run in sorted(runs.items(), key=lambda item: list(RECIPES).index(item[0][0])):
         for student, measures in run.result().items():
             results.setdefault((recipe, student), []).append(measures)
     print_table(results, args)
@@ -43,37 +47,45 @@ def main():
         print(json.dumps({"claims": claims(results)}))
 
 
-def run_recipe(args, recipe, seed):
+def run_recipe(args, recipe, seed, counts):
     """Train one recipe's students.
 
     Args:
         args (argparse.Namespace): See :func:`main`.
         recipe (str): Key of :data:`RECIPES`.
         seed (int): Of data order and new weights.
+        counts (dict[str, int]): Iterations of every stage.
 
     Returns:
         dict[str, list[dict]]: Student to its measures by training token, those of stages 1 and 2 included.
     """
-    from xtuner_ext.cli.config_options import load_config
-
     project = RECIPES[recipe].format(teacher=args.teacher)
     base = args.work_dir / args.teacher / str(args.tokens) / recipe / str(seed)
-    configs = {stage: load_config(str(REPOSITORY / "projects" / project / f"{stage}.py"), []) for stage in STAGES}
-    ran = {stage: config.train_cfg.max_iters for stage, config in configs.items()}
-    counts = iterations(args.tokens, ran, tokens_per_iteration(configs["stage1"]))
     for stage in STAGES[:2]:
         train(f"{project}/{stage}", base / stage, counts[stage], seed=seed)
-    quarter, layers = quarter_of(base / "stage2", counts["stage2"])
-    placements = {"linear": None, "hybrid, every fourth": evenly(quarter, layers)}
+    checkpoint = base / "stage2" / f"iter_{counts['stage2']}.pth"
+    keep, layers = quarter_of(checkpoint)
+    placements = {"linear": [], "hybrid, every fourth": list(range(0, layers, 4))}
     if recipe == "improved":
-        placements["hybrid, selected"] = selection(project, base, counts["stage2"], quarter)
+        placements["hybrid, selected"] = select_layers(f"{project}/stage2", checkpoint, keep, base / "attention_layers.json")
     curves = {}
     for student, kept in placements.items():
         work_dir = base / ("stage3_" + student.replace(", ", "_").replace(" ", "_"))
-        options = {"model.attention_layers": str(kept or []).replace(" ", "")}
+        options = {"model.attention_layers": str(kept).replace(" ", "")}
         train(f"{project}/stage3_linear", work_dir, counts["stage3_linear"], options, seed)
         curves[student] = joined([held_out(base / "stage1"), held_out(base / "stage2"), held_out(work_dir)])
     return curves
+
+
+def iterations(args, recipe):
+    """dict[str, int]: Iterations of every stage, in the proportions of the shipped configs."""
+    from xtuner_ext.cli.config_options import load_config
+
+    project = REPOSITORY / "projects" / RECIPES[recipe].format(teacher=args.teacher)
+    configs = {stage: load_config(str(project / f"{stage}.py"), []) for stage in STAGES}
+    shipped = {stage: config.train_cfg.max_iters for stage, config in configs.items()}
+    total = args.tokens / tokens_per_iteration(configs["stage1"]) / sum(shipped.values())
+    return {stage: max(1, round(total * count)) for stage, count in shipped.items()}
 
 
 def tokens_per_iteration(config):
@@ -89,36 +101,12 @@ def tokens_per_iteration(config):
     return processes * config.train_dataloader.batch_size * statistics.mean(len(dataset[index]["input_ids"]) for index in chosen)
 
 
-def iterations(tokens, shipped, per_iteration):
-    """dict[str, int]: Iterations of every stage, in the proportions of the shipped configs."""
-    total = sum(shipped.values())
-    return {stage: max(1, round(tokens / per_iteration * count / total)) for stage, count in shipped.items()}
-
-
-def quarter_of(stage2, iteration):
+def quarter_of(checkpoint):
     """tuple[int, int]: Layers that a 1:3 hybrid keeps, and all layers."""
     from xtuner_ext.distill.stages import read_checkpoint
 
-    layers = len(read_checkpoint(str(stage2 / f"iter_{iteration}.pth"))[1]["layer_types"])
+    layers = len(read_checkpoint(str(checkpoint))[1]["layer_types"])
     return -(-layers // 4), layers
-
-
-def evenly(keep, layers):
-    """list[int]: Every fourth layer."""
-    return list(range(0, layers, 4))[:keep]
-
-
-def selection(project, base, iteration, keep):
-    """list[int]: The layers that ``xtuner-ext select-layers`` chooses after stage 2."""
-    from xtuner_ext.cli.config_options import load_config
-    from xtuner_ext.cli.select_layers import select_for_config
-
-    out = base / "attention_layers.json"
-    if not out.is_file():
-        config = load_config(str(REPOSITORY / "projects" / project / "stage2.py"), [])
-        limit = load_config(str(REPOSITORY / "projects" / project / "stage3_hybrid.py"), []).layer_selection["limit"]
-        select_for_config(config, str(base / "stage2" / f"iter_{iteration}.pth"), keep, str(out), limit=limit, batch_size=8)
-    return json.loads(out.read_text())["attention_layers"]
 
 
 def joined(curves):

@@ -45,13 +45,36 @@ def train(config, work_dir, iterations, options=None, seed=0):
     note, wanted = work_dir / "options.json", json.dumps({"config": config, "seed": seed, **values}, sort_keys=True)
     if note.is_file() and note.read_text() == wanted and (work_dir / f"iter_{iterations}.pth").is_file():
         return
-    command = [sys.executable, "-m", "xtuner_ext.cli", "train", str(REPOSITORY / "projects" / f"{config}.py")]
-    command += ["--work-dir", str(work_dir), "--seed", str(seed), "--cfg-options"]
-    command += [f"{key}={value}" for key, value in values.items()]
+    run("train", project_file(config), "--work-dir", work_dir, "--seed", seed, "--cfg-options", *_pairs(values))
+    note.write_text(wanted)
+
+
+def select_layers(config, checkpoint, keep, out):
+    """list[int]: The layers that ``xtuner-ext select-layers`` chooses, unless it chose them before."""
+    if not out.is_file():
+        run("select-layers", project_file(config), checkpoint, "--keep", keep, "--out", out, "--batch-size", 8, "--limit", 16)
+    return json.loads(out.read_text())["attention_layers"]
+
+
+def project_file(config):
+    """Path: A config's file."""
+    return REPOSITORY / "projects" / f"{config}.py"
+
+
+def run(*arguments):
+    """Run a verb of ``xtuner-ext`` in a process of its own.
+
+    Raises:
+        SystemExit: When it fails, with its last words.
+    """
+    command = [sys.executable, "-m", "xtuner_ext.cli", *map(str, arguments)]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command)}\nended with status {done.returncode}:\n{done.stderr[-3000:]}")
-    note.write_text(wanted)
+
+
+def _pairs(values):
+    return [f"{key}={value}" for key, value in values.items()]
 
 
 def held_out(work_dir):
