@@ -3,11 +3,12 @@
 import json
 
 import pytest
+import torch
 
 from xtuner_ext.cli.main import run
 from xtuner_ext.convert import load_teacher
 from xtuner_ext.distill import DistillModel
-from xtuner_ext.modeling import HybridVLForCausalLM
+from xtuner_ext.modeling import HybridCache, HybridVLConfig, HybridVLForCausalLM
 
 
 @pytest.fixture
@@ -62,6 +63,52 @@ def test_an_exported_student(tiny_model, digits_processor, tmp_path, capsys):
     student, teacher = found["models"]
     assert student["attention_layers"] == [1] and teacher["attention_layers"] == [0, 1, 2]
     assert student["parameters"] == found["stored_parameters"] == sum(p.numel() for p in model.parameters())
+
+
+LINEAR, ATTENTION = "linear_attention", "full_attention"
+STUDENTS = {
+    "windowed": ([LINEAR] * 3, dict(window=4, sink=True)),
+    "windowed hybrid": ([LINEAR, ATTENTION, LINEAR], dict(window=64, sink=True, conv_kernel=4)),
+    "hybrid": ([ATTENTION, LINEAR, LINEAR], dict(conv_kernel=0, use_D=True)),
+    "linear": ([LINEAR] * 3, {}),
+}
+
+
+@pytest.mark.parametrize("layer_types, mixer", STUDENTS.values(), ids=STUDENTS)
+@pytest.mark.parametrize("prompt", [1020, 3], ids=["long prompt", "short prompt"])
+def test_cache_numbers_are_those_of_a_cache_after_generating(
+    tiny_model, digits_processor, tmp_path, capsys, layer_types, mixer, prompt
+):
+    config = HybridVLConfig.from_dict({**tiny_model().config.to_dict(), "layer_types": layer_types, "mixer": mixer})
+    HybridVLForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    digits_processor.save_pretrained(tmp_path)
+    found = report(capsys, tmp_path)
+    student = HybridVLForCausalLM.from_pretrained(tmp_path, dtype="auto").eval()
+    everywhere = HybridVLForCausalLM(HybridVLConfig.from_dict({**config.to_dict(), "layer_types": [ATTENTION] * 3}))
+    for promised, model in zip(found["models"], (student, everywhere.to(torch.bfloat16).eval())):
+        cache = HybridCache(model.config)
+        # The last token that is generated is not read.
+        model.generate(
+            torch.full((1, prompt), 9), max_new_tokens=5, min_new_tokens=5, do_sample=False, past_key_values=cache
+        )
+        seen = prompt + 4
+        assert cache.get_seq_length() == seen and cache.nbytes() == model.config.cache_bytes(seen)
+        # The tensors are not parts of larger ones.
+        tensors = [tensor for layer in cache.layers for tensor in _tensors(layer)]
+        assert sum(tensor.untyped_storage().nbytes() for tensor in tensors) == cache.nbytes()
+        if seen == 1024:
+            assert promised["cache_bytes"]["1024"] == cache.nbytes()
+    per_token = layer_types.count(ATTENTION) * 2 * 2 * 8 * 2
+    assert found["cache_bytes_per_token"] == per_token
+    one, other = (found["models"][0]["cache_bytes"][str(length)] for length in (1024, 65536))
+    assert other - one == per_token * (65536 - 1024)
+
+
+def _tensors(layer):
+    if hasattr(layer, "recurrent_states"):
+        states = [*layer.conv_states.values(), *layer.recurrent_states.values()]
+        return [state for state in states if state is not None]
+    return [layer.keys, layer.values]
 
 
 def test_tables_and_folders_without_tokenizer(folder, capsys):

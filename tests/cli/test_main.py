@@ -1,6 +1,7 @@
 """The front door: verbs, help, statuses."""
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -67,6 +68,40 @@ def test_message_is_that_of_the_mistake_itself(capsys):
     assert capsys.readouterr().err == (
         "xtuner-ext: error: row 3: 2 images were found, 1 was expected\nxtuner-ext: error: row 4\n"
     )
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
+@pytest.mark.parametrize("lines", [1, 100000], ids=["at the end", "in the middle"])
+def test_a_reader_that_has_gone_ends_the_command_quietly(lines, unbuffered):
+    """Its output is small enough to be written only at the end, or larger than any pipe."""
+    code = (
+        "import sys; from xtuner_ext.cli.main import run\n"
+        "sys.stdin.read()\n"
+        f"sys.exit(run([], lambda argv: [print('x' * 70) for _ in range({lines})] and 0))"
+    )
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with subprocess.Popen([sys.executable, "-c", code], env=environment, **pipes) as process:
+        process.stdout.close()
+        process.stdin.close()
+        assert process.wait(60) == 141
+        assert process.stderr.read() == b""
+
+
+def test_help_into_head(scripts):
+    command = f"'{scripts}/xtuner-ext' help | head -1; echo ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    first, status = result.stdout.splitlines()
+    # The help is short: it may be through before `head` leaves.
+    assert first.startswith("usage: xtuner-ext VERB") and status in ("0", "141") and result.stderr == ""
+
+
+def test_another_broken_pipe_is_not_hidden():
+    def entry(argv):
+        raise BrokenPipeError("a worker died")
+
+    with pytest.raises(BrokenPipeError, match="a worker died"):
+        main.run([], entry)
 
 
 @pytest.mark.parametrize("found", [None, "0.1.23"])

@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -48,6 +50,8 @@ def collate(rows):
 
 
 def prepare(out, size):
+    if not size:
+        raise UserError("nothing to prepare")
     folder = pathlib.Path(out)
     folder.mkdir(exist_ok=True)
     with open(folder / "calls.txt", "a") as file:
@@ -181,6 +185,63 @@ def test_only_the_first_process_prepares_the_data(toy, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     train.prepare_data(config)
     assert (toy / "prepared" / "calls.txt").read_text() == "5 "
+
+
+STEPS = """
+with read_base():
+    from .toy import *
+
+prepare_data = [dict(type=prepare, out="first", size=1), dict(type=prepare, out="second", size=2)]
+"""
+
+
+@pytest.fixture
+def steps(toy):
+    """The toy config with two steps of preparation."""
+    head = "from mmengine.config import read_base\nfrom toy_module import prepare\n"
+    (toy / "steps.py").write_text(head + STEPS)
+    return toy
+
+
+def test_steps_of_preparation_run_in_order(steps, monkeypatch, capsys):
+    train.prepare_data(load_config("steps.py", ["prepare_data.1.size=7"]))
+    first, second = (steps / name / "calls.txt" for name in ("first", "second"))
+    assert (first.read_text(), second.read_text()) == ("1 ", "7 ")
+    assert first.stat().st_mtime_ns <= second.stat().st_mtime_ns
+    second.unlink()
+    assert main.run(["train", "steps.py", "--cfg-options", "prepare_data.0.size=0"]) == 2
+    assert "nothing to prepare" in capsys.readouterr().err
+    # What comes after a step that failed is not done.
+    assert not second.exists() and not (steps / "work_dirs").exists()
+
+
+def test_other_processes_of_a_machine_wait_for_every_step(steps, monkeypatch):
+    config, order = load_config("steps.py"), []
+    monkeypatch.setenv("LOCAL_RANK", "1")
+
+    def work():
+        for name in ("first", "second"):
+            time.sleep(0.3)
+            order.append(name)
+            (steps / name).mkdir()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    train.prepare_data(config)
+    assert order == ["first", "second"]
+    thread.join()
+    assert not list(steps.glob("*/calls.txt"))
+    (steps / "second").rmdir()
+    monkeypatch.setattr(train, "PREPARE_TIMEOUT", 0.1)
+    with pytest.raises(UserError, match="second did not appear within 0.1 s"):
+        train.prepare_data(config)
+
+
+def test_a_step_that_is_no_function_is_named(steps):
+    config = load_config("steps.py")
+    config.prepare_data[1].type = "toy_module.nothing"
+    with pytest.raises(UserError, match="prepare_data.type: toy_module.nothing"):
+        train.prepare_data(config)
 
 
 def _weights(path):

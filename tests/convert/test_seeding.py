@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from xtuner_ext.convert.seeding import Seeding, seed_mixer
+from xtuner_ext.convert import load_teacher
+from xtuner_ext.convert.seeding import Seeding, first_token_states, seed_mixer
 from xtuner_ext.errors import UserError
 from xtuner_ext.modeling import Attention, HybridVLConfig, Mamba2Mixer
 
@@ -165,3 +166,38 @@ def test_every_shape_of_mixer_can_be_seeded(flags, mimic):
 def test_unknown_word_is_named(options, message):
     with pytest.raises(UserError, match=message):
         seeded(**options)
+
+
+ROPES = {
+    "plain": {"rope_type": "default", "rope_theta": 1e4},
+    # Makes queries and keys longer at every position, the first one too.
+    "yarn": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16},
+}
+
+
+@pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES)
+@torch.no_grad()
+def test_first_token_states_are_what_transformers_caches_for_one_token(write_text_model, tmp_path, rope):
+    theirs = write_text_model(tmp_path, "llama", rope_parameters=rope)
+    cache = theirs(torch.tensor([[7]]), use_cache=True).past_key_values
+    states = first_token_states(load_teacher(tmp_path), 7)
+    assert len(states) == len(cache.layers) == 3
+    for (key, value), layer in zip(states, cache.layers):
+        torch.testing.assert_close(key, layer.keys[0, :, 0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(value, layer.values[0, :, 0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_sink_starts_as_the_first_token_and_the_window_with_nearly_all_weight():
+    config = HybridVLConfig(
+        num_hidden_layers=1,
+        hidden_size=WIDTH,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS // 2,
+        mixer=dict(window=4, sink=True),
+    )
+    first = torch.randn(HEADS // 2, 4), torch.randn(HEADS // 2, 4)
+    mamba = Mamba2Mixer(config, 0)
+    seed_mixer(mamba, Attention(config, 0), Seeding(), torch.Generator().manual_seed(0), first)
+    assert torch.equal(mamba.sink_key, first[0]) and torch.equal(mamba.sink_value, first[1])
+    share = torch.sigmoid(mamba.share_proj(torch.randn(5, WIDTH)))
+    torch.testing.assert_close(share, torch.full((5, HEADS), 0.9526), rtol=0, atol=1e-3)

@@ -1,5 +1,6 @@
 """What trains in which stage, on what, and with which targets."""
 
+import copy
 import json
 
 import pytest
@@ -9,6 +10,7 @@ from accelerate import init_empty_weights
 from tests.reference.hovle import hovle_config, hovle_logits, random_hovle_checkpoint
 from xtuner_ext.convert import load_teacher
 from xtuner_ext.distill import DistillModel
+from xtuner_ext.distill.losses import density_weights
 from xtuner_ext.errors import UserError
 
 IMPROVED = dict(
@@ -226,6 +228,9 @@ def test_checkpoints_hold_what_trains_and_decay_in_fp32(teacher):
         (dict(stage=1, seeding=dict(dt=2)), "unknown seeding key 'dt'"),
         (dict(stage=1, alignment=dict(weight=2)), "unknown key model.alignment.weight"),
         (dict(stage=3, divergence=dict(tokens="some")), "model.divergence.tokens is 'some'"),
+        (dict(stage=1, alignment=dict(density=1.5)), "model.alignment.density is 1.5, expected 0 to 1"),
+        (dict(stage=2, trainable="projections"), "needs alignment.after_projection=True"),
+        (dict(stage=3, attention_layers="gone.json"), "names gone.json, which does not exist"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -247,3 +252,110 @@ def test_a_batch_of_text_alone_gives_every_trained_weight_a_gradient(teacher):
     data["pixel_values"] = torch.zeros(0, 3, 16, 16)
     model.compute_loss(**data)["loss"].backward()
     assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+WINDOWED = dict(mixer=dict(qk_norm="l2", use_rope=True, window=4, sink=True))
+
+
+def test_measuring_between_steps_changes_no_alignment_of_packed_rows(teacher):
+    """``final_states``, as the held-out hook calls it, leaves the masks of the next step as they were."""
+    folder, config, _ = teacher
+    model, data = build(folder, 1, **WINDOWED), batch(config)
+    data["attention_mask"] = None
+    data["segment_ids"] = torch.arange(24).div(8, rounding_mode="floor").expand(2, -1)
+    before = model.compute_loss(**data)
+    with torch.no_grad():
+        model.final_states(**{key: value for key, value in data.items() if key != "labels"})
+    after = model.compute_loss(**data)
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_projections_train_q_k_v_and_o_and_leave_the_teachers_output_alone(teacher):
+    folder, config, _ = teacher
+    model = build(folder, 2, trainable="projections", alignment=dict(after_projection=True), **WINDOWED)
+    kept = [copy.deepcopy(layer.mixer.attention.state_dict()) for layer in model.llm.model.layers]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model.compute_loss(**batch(config))["loss"].backward()
+        optimizer.step()
+    for layer, state in zip(model.llm.model.layers, kept):
+        mamba, attention = layer.mixer.mamba, layer.mixer.attention
+        assert all(torch.equal(tensor, state[name]) for name, tensor in attention.state_dict().items())
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            assert not torch.equal(getattr(mamba, name).weight, getattr(attention, name).weight), name
+    names = {key.partition(".mixer.mamba.")[2] for key in model.state_dict()}
+    assert {"o_proj.weight", "sink_key", "sink_value", "share_proj.bias"} <= names and "" not in names
+    assert "model.layers.0.mixer.o_proj.weight" in model.student_state()
+
+
+@pytest.mark.parametrize("trainable", ["mixers", "projections"])
+def test_alignment_after_the_projection_is_the_error_of_what_the_layer_adds(teacher, trainable):
+    folder, config, state = teacher
+    model = build(folder, 2, trainable=trainable, alignment=dict(scale=10.0, normalise=True, after_projection=True))
+    data = batch(config)
+    losses = model.compute_loss(**data)
+    inputs = {"attention_mask": data["attention_mask"]}
+    model._activate("full_attention")
+    with torch.no_grad():
+        embeds = model.llm.embed(data["input_ids"], data["pixel_values"])
+        hidden = model.llm.model(inputs_embeds=embeds, output_hidden_states=True, **inputs).hidden_states
+    context, real, errors = model.llm.model.layer_context(embeds, **inputs), data["attention_mask"].bool(), []
+    for layer, before in zip(model.llm.model.layers, hidden):
+        normed, own = layer.input_layernorm(before), layer.mixer_context(context)
+        target = (layer.mixer.attention(normed, **own))[real]
+        errors.append((layer.mixer.mamba(normed, **own)[real] - target).square().mean() / target.square().mean())
+    torch.testing.assert_close(losses["loss"], 10 * torch.stack(errors).mean())
+    losses["loss"].backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (expected,) = torch.autograd.grad(10 * errors[-1] / len(errors), parameter, retain_graph=True, allow_unused=True)
+            if f"layers.{len(errors) - 1}." in name:
+                torch.testing.assert_close(parameter.grad, expected, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_density_weighs_the_tokens_of_the_alignment(teacher):
+    folder, config, _ = teacher
+    data = batch(config)
+    image = (data["input_ids"] == config["embedding_config"]["img_context_token_id"]) & data["attention_mask"].bool()
+    found, errors = {}, []
+    for density in (0.0, 1.0):
+        model = build(folder, 1, alignment=dict(scale=1.0, density=density))
+        found[density] = model.compute_loss(**data)["loss"]
+    embeds = model.llm.embed(data["input_ids"], data["pixel_values"])
+    weights = density_weights(embeds, image, 1.0) * data["attention_mask"]
+    model._activate("full_attention")
+    hidden = model.llm.model(
+        inputs_embeds=embeds, attention_mask=data["attention_mask"], output_hidden_states=True
+    ).hidden_states
+    context = model.llm.model.layer_context(embeds, data["attention_mask"])
+    for layer, before in zip(model.llm.model.layers, hidden):
+        normed, own = layer.input_layernorm(before), layer.mixer_context(context)
+        heads = layer.mixer.mamba.head_outputs(normed, **own) - layer.mixer.attention.head_outputs(normed, **own)
+        errors.append((heads.square().mean((-1, -2)) * weights).sum() / weights.sum())
+    torch.testing.assert_close(found[1.0], torch.stack(errors).mean())
+    assert found[0.0] != found[1.0]
+
+
+def test_attention_layers_may_be_a_file_of_select_layers(teacher, tmp_path):
+    path = tmp_path / "layers.json"
+    path.write_text(json.dumps({"attention_layers": [1, 3], "order": [3, 1]}))
+    model = build(teacher[0], 3, attention_layers=str(path))
+    assert model.student_config.layer_types == ["linear_attention", "full_attention"] * 2
+
+
+def test_a_sink_starts_without_a_first_token_where_the_teacher_has_none(write_text_model, tmp_path):
+    write_text_model(tmp_path, "qwen2", bos_token_id=None)
+    model = build(tmp_path, 1, **WINDOWED)
+    assert model.student_config.bos_token_id is None
+    assert all((layer.mixer.mamba.sink_key == 0).all() for layer in model.llm.model.layers)
+
+
+@pytest.mark.parametrize("stage, rest", [(1, {}), (2, {}), (3, {}), (3, {"trainable": "all"})], ids=str)
+def test_windowed_students_give_every_trained_weight_a_gradient(teacher, stage, rest):
+    folder, config, _ = teacher
+    model = build(folder, stage, **WINDOWED, **rest).train()
+    model.compute_loss(**batch(config))["loss"].backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+    trained = {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad}
+    assert {"sink_key", "sink_value"} <= trained

@@ -64,26 +64,27 @@ def compare_folders(args):
     Raises:
         UserError: For folders or data that do not load or do not fit together.
     """
+    from ..convert.teacher import read_model_config, resolve_folder
     from ..data.dataset import ConversationDataset
-    from ..data.template_fit import fit_template
     from ..evaluation.comparison import check_comparable, compare
     from ..evaluation.runner import answer, read_questions
     from ..evaluation.scorers import score_rows
-    from .loading import count_parameters, load_model
+    from .loading import choose_template, count_parameters, load_model
     from .progress import progress
     from .versions import installed_versions
 
     first, *others = args.models
+    configs = {name: read_model_config(resolve_folder(name))[1] for name in args.models}
+    for name in others:
+        check_comparable(configs[first], configs[name], name)
     teacher, processor = load_model(first, args.torch_dtype, trust_remote_code=args.trust_remote_code)
-    template = args.prompt_template or teacher.config.template
-    dataset = ConversationDataset(args.data, processor, template, max_length=args.max_length)
+    template_name, template = choose_template(args.prompt_template, teacher, processor, first)
+    dataset = ConversationDataset(args.data, processor, template_name, max_length=args.max_length)
 
     def accuracy(name, model):
         questions = read_questions(args.data, args.limit)
         with progress(f"answer {name}", len(questions)) as advance:
-            rows = answer(
-                model, processor, fit_template(template, processor.tokenizer), questions, args.batch_size, args.max_new_tokens, advance
-            )
+            rows = answer(model, processor, template, questions, args.batch_size, args.max_new_tokens, advance)
         return score_rows(rows)
 
     def size(model):
@@ -96,7 +97,6 @@ def compare_folders(args):
     result = {"data": args.data, "teacher": {"model": first, **size(teacher)}, "students": []}
     for name in others:
         student, _ = load_model(name, args.torch_dtype, trust_remote_code=args.trust_remote_code)
-        check_comparable(teacher.config, student.config, name)
         count = min(args.limit or len(dataset), len(dataset))
         with progress(f"compare {name}", count) as advance:
             measures = compare(teacher, student, dataset, args.batch_size, args.limit, advance)
@@ -104,7 +104,7 @@ def compare_folders(args):
             {"model": name, **measures, **size(student), "layer_types": student.config.layer_types}
         )
         del student
-    result["settings"] = {"template": template, "dtype": str(teacher.dtype), "limit": args.limit}
+    result["settings"] = {"template": template_name, "dtype": str(teacher.dtype), "limit": args.limit}
     result["versions"] = installed_versions()
     return result
 

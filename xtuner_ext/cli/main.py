@@ -8,6 +8,8 @@ import importlib
 import importlib.util
 import os
 import random
+import select
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +63,8 @@ CONFIG_FIRST = {"test", "log-dataset", "check-custom-dataset", "convert pth_to_h
 HELP_WORDS = {"help", "-h", "--help"}
 VERSION_WORDS = {"version", "-v", "--version"}
 
+STDOUT = 1  # file descriptor
+
 
 def run(argv=None, entry=None):
     """Runs a command and turns the user's mistakes into one line and a status.
@@ -70,10 +74,13 @@ def run(argv=None, entry=None):
         entry (Callable[[list[str]], int | None], optional): The command. Defaults to `main`.
 
     Returns:
-        int: Exit status: 0, what the command returned, 2 for a user's mistake, 130 when interrupted.
+        int: Exit status: 0, what the command returned, 2 for a user's mistake, 130 when interrupted, 141 when
+        the reader of our output has gone, as `head` does.
     """
     try:
-        return (entry or main)(sys.argv[1:] if argv is None else argv) or 0
+        status = (entry or main)(sys.argv[1:] if argv is None else argv) or 0
+        sys.stdout.flush()
+        return status
     except UserError as error:
         print(f"xtuner-ext: error: {_sentence(error)}", file=sys.stderr)
         return 2
@@ -84,6 +91,21 @@ def run(argv=None, entry=None):
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        if not _reader_has_gone():
+            raise
+        return 128 + signal.SIGPIPE
+
+
+def _reader_has_gone():
+    poll = select.poll()
+    # Asked for nothing, it tells of errors alone.
+    poll.register(STDOUT, 0)
+    if not poll.poll(0):
+        return False
+    # Python flushes once more at its end, and would complain.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)
+    return True
 
 
 def main(argv):

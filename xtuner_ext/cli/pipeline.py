@@ -59,8 +59,9 @@ def main(argv):
     remember_options(base / "pipeline.json", args)
     for stage, path in stages.items():
         options = list(args.cfg_options)
-        if configs[stage].get("layer_selection"):
-            selection = base / Path(configs[stage].attention_layers).name
+        layers = configs[stage].model.get("attention_layers")
+        if configs[stage].get("layer_selection") and isinstance(layers, str):
+            selection = base / Path(layers).name
             options.append(f"model.attention_layers={selection}")
             configs[stage].model.attention_layers = str(selection)
             if not selection.is_file():

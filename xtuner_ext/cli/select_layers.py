@@ -1,6 +1,7 @@
 """xtuner-ext select-layers CONFIG PTH --keep K: measure which layers should keep attention."""
 
 import argparse
+import io
 import json
 import sys
 from pathlib import Path
@@ -77,18 +78,19 @@ def select_for_config(config, checkpoint, keep, out, data=None, limit=64, batch_
 
     if limit < 1 or batch_size < 1:
         raise UserError(f"--limit is {limit} and --batch-size {batch_size}, expected at least 1")
+    data = data or config.get("eval_data")
+    if data is None:
+        raise UserError(f"{config.filename} names no eval_data, give the held-out samples with --data")
     model = _load_pairs(config, checkpoint)
     layers = model.student_config.num_hidden_layers
     if not 1 <= keep < layers:
         raise UserError(f"--keep is {keep}, expected 1 to {layers - 1}: the model has {layers} layers")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    data = data or config.eval_data
     probe = LayerProbe(model.to(device), list(_batches(config, data, limit, batch_size, device)))
     with progress("select-layers", probe_count(keep, layers)) as advance:
         result = select_layers(probe, keep, on_probe=lambda: advance(1))
     result = {**result, "checkpoint": checkpoint, "data": data, "tokens": probe.tokens}
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    _plot(result, Path(out).with_suffix(".png"))
+    replace_file(Path(out).with_suffix(".png"), _picture(result))
     replace_file(out, json.dumps(result, indent=2).encode())
     return result
 
@@ -101,10 +103,16 @@ def _load_pairs(config, checkpoint):
     found = read_checkpoint(checkpoint)[1]
     if found.get("stage", 2) not in (1, 2):
         raise UserError(f"checkpoint {checkpoint} comes from stage {found['stage']}, expected stage 1 or 2: later ones hold no attention")
-    # The next stage loads this checkpoint; with shared frozen weights each layer holds both mixers.
+    # The next stage loads this checkpoint; with shared frozen weights each layer holds both mixers. They run
+    # side by side in the teacher's precision.
     scope = "projections" if found.get("trainable") == "projections" else "mixers"
     config.model.update(
-        stage=found.get("stage", 2) + 1, trainable=scope, attention_layers=None, layer_types=None, pretrained_pth=checkpoint
+        stage=found.get("stage", 2) + 1,
+        trainable=scope,
+        trainable_dtype=None,
+        attention_layers=None,
+        layer_types=None,
+        pretrained_pth=checkpoint,
     )
     config.model.pop("_scope_", None)
     return BUILDER.build(config.model)
@@ -123,7 +131,7 @@ def _batches(config, data, limit, batch_size, device):
         yield {key: value.to(device) for key, value in batch.items()}
 
 
-def _plot(result, path):
+def _picture(result):
     import matplotlib.figure
 
     figure = matplotlib.figure.Figure(figsize=(8, 3.5), layout="constrained")
@@ -134,7 +142,9 @@ def _plot(result, path):
     axes.set_xlabel("layer that alone gets attention back (orange: chosen)")
     axes.set_ylabel("KL it saves, nats per token")
     axes.axhline(0, color="black", linewidth=0.8)
-    figure.savefig(path, dpi=120)
+    file = io.BytesIO()
+    figure.savefig(file, dpi=120, format="png")
+    return file.getvalue()
 
 
 def print_table(result):

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import UserError
+from ..modeling import HybridCache
 
 
 @dataclasses.dataclass
@@ -118,17 +119,11 @@ def first_token_states(model, token_id):
         token_id (int): Usually the one that conversations start with.
 
     Returns:
-        list[tuple[Tensor, Tensor]]: Key and value (G, P) of each layer; position 0 rotates nothing.
+        list[tuple[Tensor, Tensor]]: Key, with its position applied, and value (G, P) of each layer.
     """
-    decoder, states = model.model, []
-    hidden = decoder.embed_tokens(torch.tensor([[token_id]], device=model.device))
-    context = decoder.layer_context(hidden)
-    for layer in decoder.layers:
-        normed = layer.input_layernorm(hidden)
-        shape = (-1, layer.mixer.head_dim)
-        states.append((layer.mixer.k_proj(normed).view(shape), layer.mixer.v_proj(normed).view(shape)))
-        hidden = layer(hidden, **context)
-    return states
+    cache = HybridCache(model.config)
+    model.model(torch.tensor([[token_id]], device=model.device), past_key_values=cache)
+    return [(layer.keys[0, :, 0], layer.values[0, :, 0]) for layer in cache.layers]
 
 
 def _mimic(mixer, seeding, generator):

@@ -8,6 +8,9 @@ import math
 import torch
 import torch.nn.functional as F
 
+# Cosine distance that counts as none.
+ALIKE = 1e-4
+
 
 def alignment_error(prediction, target, token_mask=None, normalise=False):
     """Mean squared error between two mixers' head outputs, over real tokens.
@@ -41,7 +44,8 @@ def density_weights(embeds, image, strength):
     Args:
         embeds (Tensor): Input vectors, (B, L, D).
         image (Tensor): Boolean (B, L), image tokens.
-        strength (float): 0 weighs all alike; at 1 a token of twice the mean dissimilarity weighs twice.
+        strength (float): From 0, which weighs all alike, to 1, at which a token of twice the mean
+            dissimilarity weighs twice.
 
     Returns:
         Tensor: (B, L), 1 on average over the image tokens of a row and 1 elsewhere.
@@ -50,7 +54,8 @@ def density_weights(embeds, image, strength):
     count = image.sum(-1, keepdim=True).clamp(min=1)
     dissimilarity = 1 - torch.einsum("bld,bd->bl", vectors, vectors.sum(1)) / count
     mean = (dissimilarity * image).sum(-1, keepdim=True) / count
-    weights = 1 + strength * (dissimilarity / mean.clamp(min=1e-6) - 1)
+    # Between patches that are all alike only rounding differs.
+    weights = 1 + strength * ((dissimilarity + ALIKE) / (mean + ALIKE) - 1)
     return torch.where(image, weights.clamp(min=0), 1.0)
 
 

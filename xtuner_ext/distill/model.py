@@ -95,6 +95,10 @@ class DistillModel(HybridModel):
             raise UserError(f"model.trainable is {trainable!r}, expected one of {SCOPES}, 'all' only in stage 3")
         self.alignment = _options("alignment", ALIGNMENT, alignment)
         self.divergence = _options("divergence", DIVERGENCE, divergence)
+        if not 0 <= self.alignment["density"] <= 1:
+            raise UserError(f"model.alignment.density is {self.alignment['density']}, expected 0 to 1")
+        if stage < 3 and self.trainable == "projections" and not self.alignment["after_projection"]:
+            raise UserError("model.trainable 'projections' needs alignment.after_projection=True before stage 3")
         self.teacher_fingerprint = fingerprint(self.llm)
         self.student_config = self._student_config(mixer, attention_layers, layer_types)
         # Where the student changes what both would share, the teacher needs a copy of its own.
@@ -187,9 +191,10 @@ class DistillModel(HybridModel):
         return config
 
     def _pair(self, seeding, seed):
-        first = [None] * self.student_config.num_hidden_layers
-        if self.student_config.mixer_config.sink and not self.llm.lm_head.weight.is_meta:
-            first = first_token_states(self.llm, self.student_config.bos_token_id)
+        config, first = self.student_config, [None] * self.student_config.num_hidden_layers
+        # Without a token that every sequence starts with, the sink starts at zero.
+        if config.mixer_config.sink and config.bos_token_id is not None and not self.llm.lm_head.weight.is_meta:
+            first = first_token_states(self.llm, config.bos_token_id)
         for index, layer in enumerate(self.llm.model.layers):
             if self.student_config.layer_types[index] == "full_attention":
                 continue
@@ -216,6 +221,8 @@ class DistillModel(HybridModel):
 
     def _alignment_loss(self, input_ids, pixel_values, inputs):
         decoder, normalise = self.llm.model, self.alignment["normalise"]
+        # Attention's masks too, also after a measurement of the student.
+        self.llm.config.layer_types = ["full_attention"] * len(decoder.layers)
         after_projection = self.alignment["after_projection"]
         with torch.no_grad():
             embeds = self.llm.embed(input_ids, pixel_values)

@@ -11,8 +11,10 @@ from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from xtuner.registry import BUILDER
 
+from ..compat import replace_file
 from ..data.collate import conversation_collate
 from ..data.masking import next_token_rows
+from ..errors import UserError
 
 TOKENS_SEEN = "tokens_seen"
 
@@ -29,12 +31,18 @@ class HeldOutHook(Hook):
         interval (int): Iterations between measurements; the first and the last are always made.
         limit (int): Samples, spread evenly over the data.
         batch_size (int): Samples per forward pass.
+
+    Raises:
+        UserError: For a number below 1.
     """
 
-    # After the optimizer's step, before anything is logged or saved.
+    # Before the checkpoint, which keeps the count of tokens.
     priority = "LOW"
 
     def __init__(self, meta, interval=50, limit=64, batch_size=8):
+        for name, value in (("interval", interval), ("limit", limit), ("batch_size", batch_size)):
+            if value < 1:
+                raise UserError(f"HeldOutHook.{name} is {value}, expected at least 1")
         self.meta, self.interval, self.limit, self.batch_size = meta, interval, limit, batch_size
         self.batches, self.spent = None, 0.0
 
@@ -51,13 +59,14 @@ class HeldOutHook(Hook):
         self.started, self.spent = time.monotonic(), 0.0
         self._forget_after(runner.iter)
         if runner.iter == 0:
+            runner.message_hub.update_info(TOKENS_SEEN, 0)
             self._measure(runner)
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         """Count tokens; measure at the interval and at the end."""
         done, hub = runner.iter + 1, runner.message_hub
         tokens = int(data_batch["data"]["attention_mask"].sum()) * get_world_size()
-        hub.update_info(TOKENS_SEEN, self._seen(hub) + tokens)
+        hub.update_info(TOKENS_SEEN, hub.get_info(TOKENS_SEEN, 0) + tokens)
         if done % self.interval == 0 or done == runner.max_iters:
             self._measure(runner, done)
 
@@ -66,12 +75,10 @@ class HeldOutHook(Hook):
         # Measured after the checkpoint that this run goes on from, or by an earlier run.
         if self.path.is_file():
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if iteration and json.loads(line)["iter"] <= iteration]
-            self.path.write_text("".join(kept), encoding="utf-8")
-
-    @staticmethod
-    def _seen(hub):
-        return hub.get_info(TOKENS_SEEN) if TOKENS_SEEN in hub.runtime_info else 0
+            # A killed run may have left half a line.
+            whole = [line for line in lines if line.endswith("\n")]
+            kept = [line for line in whole if iteration and json.loads(line)["iter"] <= iteration]
+            replace_file(self.path, "".join(kept).encode())
 
     @master_only
     @torch.no_grad()
@@ -99,14 +106,14 @@ class HeldOutHook(Hook):
         measures = total.measures()
         line = {
             "iter": done,
-            "tokens": self._seen(runner.message_hub),
+            "tokens": runner.message_hub.get_info(TOKENS_SEEN, 0),
             "seconds": round(time.monotonic() - self.started - self.spent, 1),
             **{key: measures[key] for key in ("kl", "agreement", "perplexity", "teacher_perplexity")},
         }
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        for key in ("kl", "agreement", "perplexity"):
-            runner.message_hub.update_scalar(f"held_out/{key}", line[key])
+        curves = {f"held_out/{key}": line[key] for key in ("kl", "agreement", "perplexity")}
+        runner.visualizer.add_scalars(curves, step=done)
         print_log(
             f"held out after {line['tokens']:,} tokens: KL {line['kl']:.4f}, same first word {line['agreement']:.1%}, "
             f"perplexity {line['perplexity']:.2f} (teacher {line['teacher_perplexity']:.2f})",
