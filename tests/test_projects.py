@@ -3,7 +3,7 @@
 import pytest
 from mmengine.config import Config
 
-from xtuner_ext.cli import config_names
+from xtuner_ext.cli import config_names, configs_dir
 from xtuner_ext.cli.config_options import load_config
 
 
@@ -22,3 +22,14 @@ def test_config_survives_a_dump(name, tmp_path):
 def test_no_two_configs_share_a_work_dir():
     folders = [load_config(path).work_dir for path in config_names().values()]
     assert len(folders) == len(set(folders))
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(config_names()) if "/stage" in name])
+def test_a_stage_has_its_recipes_settings_and_no_other(name):
+    """Updating a config merges dictionaries; what one recipe leaves out would be another's."""
+    recipes = Config.fromfile(str(configs_dir() / "mmmamba" / "_base_" / "recipes.py"))
+    model = load_config(config_names()[name]).model
+    reference = "reference" in name or name.startswith("mmmamba/hovle/stage")
+    recipe = "reference" if reference else "windowed" if "smollm2" in name else "improved"
+    assert model.mixer == recipes[f"{recipe}_mixer"]
+    assert model.seeding == recipes[f"{recipe}_seeding"]

@@ -1,17 +1,19 @@
-"""The two recipes, as values that stage configs pick from.
+"""The recipes, as values that stage configs pick from; each names every field, as updating a config merges them.
 
 ``reference`` is mmMamba's (arXiv 2502.13145 and its code); ``improved`` keeps the attention's rotary positions,
-compares unit-length q and k, starts the mixers as near-perfect memories with open gates, weighs layers
-alike, and lets everything train on the answers in stage 3.
+starts the mixers as near-perfect memories with open gates, weighs layers alike, and lets everything train on the
+answers in stage 3.
 """
 
-reference_mixer = dict(conv_kernel=2, conv_activation="silu", qk_norm=None, gate=True, gate_bias=False)
+reference_mixer = dict(
+    conv_kernel=2, conv_activation="silu", qk_norm=None, use_rope=False, gate=True, gate_bias=False, window=0, sink=False
+)
 reference_seeding = dict(A_log=1.0, dt_spacing="random", dt_min=1e-3, dt_max=1e-1, gate="xavier")
 reference_alignment = dict(scale=1000.0, normalise=False)
 reference_divergence = dict(direction="forward", temperature=1.0, tokens="all", reduction="batchmean")
 
 improved_mixer = dict(
-    conv_kernel=2, conv_activation="silu", qk_norm=None, use_rope=True, gate=True, gate_bias=True
+    conv_kernel=2, conv_activation="silu", qk_norm=None, use_rope=True, gate=True, gate_bias=True, window=0, sink=False
 )
 improved_seeding = dict(A_log=0.0, dt_spacing="log", dt_min=1e-3, dt_max=1e-1, gate="open")
 improved_alignment = dict(scale=1.0, normalise=True)
