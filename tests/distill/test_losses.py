@@ -81,9 +81,38 @@ def test_chunked_divergence_equals_full_logits_with_every_gradient(direction, ch
     hidden, head = torch.randn(10, 8, requires_grad=True), torch.randn(13, 8, requires_grad=True)
     target, target_head = torch.randn(10, 8), torch.randn(13, 8)
     total, agreed = chunked_divergence(hidden, head, target, target_head, direction, 1.5, chunk_rows)
-    gradients = torch.autograd.grad(total, (hidden, head))
+    gradients = torch.autograd.grad(3 * total, (hidden, head))
     full = logit_divergence(hidden @ head.T, target @ target_head.T, direction, 1.5).sum()
-    for name, ours, theirs in zip(("hidden", "head"), gradients, torch.autograd.grad(full, (hidden, head))):
+    for name, ours, theirs in zip(("hidden", "head"), gradients, torch.autograd.grad(3 * full, (hidden, head))):
         assert torch.allclose(ours, theirs, atol=1e-5), name
     assert torch.isclose(total, full)
     assert agreed == ((hidden @ head.T).argmax(-1) == (target @ target_head.T).argmax(-1)).sum()
+
+
+def test_a_tied_head_gets_the_gradient_of_both_its_uses():
+    torch.manual_seed(0)
+    words, target, target_head = torch.randn(13, 8, requires_grad=True), torch.randn(5, 8), torch.randn(13, 8)
+    hidden = words[[1, 4, 4, 0, 12]].tanh()
+    ours = torch.autograd.grad(chunked_divergence(hidden, words, target, target_head)[0], words, retain_graph=True)
+    full = logit_divergence(hidden @ words.T, target @ target_head.T).sum()
+    torch.testing.assert_close(ours, torch.autograd.grad(full, words))
+
+
+def test_a_batch_without_supervised_rows_gives_zero_and_zero_gradients():
+    hidden, head = torch.zeros(0, 8, requires_grad=True), torch.randn(13, 8, requires_grad=True)
+    total, agreed = chunked_divergence(hidden, head, torch.zeros(0, 8), torch.randn(13, 8))
+    gradients = torch.autograd.grad(total, (hidden, head))
+    assert total == 0 and agreed == 0 and gradients[0].shape == (0, 8) and not gradients[1].any()
+
+
+def test_under_autocast_gradients_come_back_in_the_weights_precision_and_equal_traced_ones():
+    torch.manual_seed(0)
+    hidden, head = torch.randn(10, 32, requires_grad=True), torch.randn(50, 32, requires_grad=True)
+    target, target_head = torch.randn(10, 32), torch.randn(50, 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        total, _ = chunked_divergence(hidden, head, target, target_head, chunk_rows=4)
+        full = logit_divergence(hidden @ head.T, target @ target_head.T).sum()
+    assert torch.isclose(total, full, rtol=1e-3)
+    for ours, theirs in zip(torch.autograd.grad(total, (hidden, head)), torch.autograd.grad(full, (hidden, head))):
+        assert ours.dtype == theirs.dtype == torch.float32
+        assert (ours - theirs).norm() < 0.01 * theirs.norm()

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from accelerate import init_empty_weights
+from xtuner.registry import BUILDER
 
 from tests.reference.hovle import hovle_config, hovle_logits, random_hovle_checkpoint
 from xtuner_ext.convert import load_teacher
@@ -231,6 +232,11 @@ def test_checkpoints_hold_what_trains_and_decay_in_fp32(teacher):
         (dict(stage=1, alignment=dict(density=1.5)), "model.alignment.density is 1.5, expected 0 to 1"),
         (dict(stage=2, trainable="projections"), "needs alignment.after_projection=True"),
         (dict(stage=3, attention_layers="gone.json"), "names gone.json, which does not exist"),
+        (dict(stage=3, attention_layers=0), "attention_layers is 0, expected a list"),
+        (dict(stage=3, attention_layers=["1"]), "attention layer '1' is out of range"),
+        (dict(stage=3, divergence=dict(temperature=0)), "model.divergence.temperature is 0, expected more than 0"),
+        (dict(stage=3, divergence=dict(chunk_rows=0)), "model.divergence.chunk_rows is 0, expected more than 0"),
+        (dict(stage=1, trainable_dtype="fp32"), "model.trainable_dtype is 'fp32', expected 'float32'"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -359,3 +365,27 @@ def test_windowed_students_give_every_trained_weight_a_gradient(teacher, stage, 
     assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
     trained = {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad}
     assert {"sink_key", "sink_value"} <= trained
+
+
+def test_density_is_refused_without_images(write_text_model, tmp_path):
+    write_text_model(tmp_path, "llama")
+    with pytest.raises(UserError, match="model.alignment.density weighs image tokens, but the teacher has no"):
+        build(tmp_path, 1, alignment=dict(density=0.5))
+
+
+def test_decay_rates_stay_fp32_whatever_the_trainable_dtype(teacher):
+    model = build(teacher[0], 1, trainable_dtype="bfloat16", mixer=dict(use_D=True))
+    exact = {name for name, p in model.named_parameters() if name.endswith((".A_log", ".dt_bias", ".D"))}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.dtype == (torch.float32 if name in exact else torch.bfloat16), name
+
+
+def test_a_hybrid_of_a_flash_attention_teacher_is_exported_on_a_cpu(small_project, tmp_path):
+    from xtuner_ext.cli.config_options import load_config
+
+    config = load_config(str(small_project / "stage3_linear.py"), ["model.attention_layers=[1]"])
+    model = BUILDER.build(config.model)
+    model.llm.config._attn_implementation = "flash_attention_2"
+    model.to_hf(config, str(tmp_path / "out"), fp32=True)
+    assert (tmp_path / "out" / "config.json").is_file()

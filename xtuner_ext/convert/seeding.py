@@ -121,8 +121,11 @@ def first_token_states(model, token_id):
     Returns:
         list[tuple[Tensor, Tensor]]: Key, with its position applied, and value (G, P) of each layer.
     """
-    cache = HybridCache(model.config)
+    cache, chosen = HybridCache(model.config), model.config._attn_implementation
+    # The model is still on the CPU, where flash attention does not run.
+    model.config._attn_implementation = "sdpa"
     model.model(torch.tensor([[token_id]], device=model.device), past_key_values=cache)
+    model.config._attn_implementation = chosen
     return [(layer.keys[0, :, 0], layer.values[0, :, 0]) for layer in cache.layers]
 
 

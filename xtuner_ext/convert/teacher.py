@@ -96,7 +96,7 @@ def load_teacher(pretrained_model_name_or_path, dtype=None, attn_implementation=
     """
     folder = resolve_folder(pretrained_model_name_or_path)
     family, config = read_model_config(folder)
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    dtype = torch_dtype(dtype, "dtype of the teacher") if isinstance(dtype, str) else dtype
     config._attn_implementation = _attention(dtype) if attn_implementation == "auto" else attn_implementation
     empty = _meta_context()
     with init_empty_weights():
@@ -109,6 +109,25 @@ def load_teacher(pretrained_model_name_or_path, dtype=None, attn_implementation=
         if dtype is not None:
             model = model.to(dtype)
     return model.eval()
+
+
+def torch_dtype(name, key):
+    """A floating-point type by its name.
+
+    Args:
+        name (str): Such as ``"bfloat16"``.
+        key (str): Names the setting in the message.
+
+    Returns:
+        torch.dtype: The type.
+
+    Raises:
+        UserError: For another name.
+    """
+    dtype = getattr(torch, str(name), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UserError(f"{key} is {name!r}, expected 'float32', 'bfloat16' or 'float16'")
+    return dtype
 
 
 def stored_state(folder, family, structure_only=False):

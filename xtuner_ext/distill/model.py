@@ -11,10 +11,12 @@ from torch import nn
 from xtuner.registry import BUILDER
 
 from ..convert.seeding import Seeding, first_token_states, seed_mixer
+from ..convert.teacher import torch_dtype
 from ..data.masking import next_token_rows
 from ..errors import UserError
 from ..modeling import Mamba2Mixer, PairedMixer, layer_types_from_attention
 from ..modeling.configuration import MixerConfig, check_layer_types
+from ..modeling.mixers import FP32_PARAMETERS
 from .base import HybridModel
 from .layer_selection import read_selection
 from .local_backward import local_backward
@@ -61,7 +63,8 @@ class DistillModel(HybridModel):
         divergence (dict, optional): Stage 3: ``direction``, ``temperature``, ``tokens`` (``answer`` or
             ``all``), ``reduction`` (``mean`` over tokens or ``batchmean``) and ``chunk_rows``.
         trainable_dtype (str, optional): Such as ``"float32"``, for weights that train beside frozen bf16
-            ones under automatic mixed precision; the teacher's own when absent.
+            ones under automatic mixed precision; the teacher's own when absent. Decay rates and time-step
+            biases are fp32 in any case.
         pretrained_pth (str, optional): Checkpoint of the stage before.
         seed (int): Seed of new weights.
         data_preprocessor (dict, optional): MMEngine's.
@@ -97,6 +100,11 @@ class DistillModel(HybridModel):
         self.divergence = _options("divergence", DIVERGENCE, divergence)
         if not 0 <= self.alignment["density"] <= 1:
             raise UserError(f"model.alignment.density is {self.alignment['density']}, expected 0 to 1")
+        if self.alignment["density"] and self.llm.config.vision is None:
+            raise UserError("model.alignment.density weighs image tokens, but the teacher has no image front end")
+        for key in ("temperature", "chunk_rows"):
+            if not self.divergence[key] > 0:
+                raise UserError(f"model.divergence.{key} is {self.divergence[key]}, expected more than 0")
         if stage < 3 and self.trainable == "projections" and not self.alignment["after_projection"]:
             raise UserError("model.trainable 'projections' needs alignment.after_projection=True before stage 3")
         self.teacher_fingerprint = fingerprint(self.llm)
@@ -106,9 +114,10 @@ class DistillModel(HybridModel):
         self._pair(Seeding.from_dict(seeding or {}), seed)
         self._freeze()
         if trainable_dtype is not None:
-            for parameter in self.parameters():
-                if parameter.requires_grad:
-                    parameter.data = parameter.data.to(getattr(torch, trainable_dtype))
+            dtype = torch_dtype(trainable_dtype, "model.trainable_dtype")
+            for name, parameter in self.named_parameters():
+                if parameter.requires_grad and name.rpartition(".")[2] not in FP32_PARAMETERS:
+                    parameter.data = parameter.data.to(dtype)
         if pretrained_pth is not None and not self.llm.lm_head.weight.is_meta:
             load_previous_stage(self, pretrained_pth)
 
@@ -160,6 +169,8 @@ class DistillModel(HybridModel):
         trained = None
         if not self.llm.lm_head.weight.is_meta:
             self._activate("linear_attention")
+            # Flash attention takes neither fp32 nor a CPU.
+            self.llm.config._attn_implementation = "sdpa"
             trained = self.llm.float().eval()
         export_student(
             self.student_config,
@@ -181,6 +192,8 @@ class DistillModel(HybridModel):
             if layer_types is None:
                 if isinstance(attention_layers, str):
                     attention_layers = read_selection(attention_layers)
+                if not isinstance(attention_layers, (list, tuple, type(None))):
+                    raise UserError(f"model.attention_layers is {attention_layers!r}, expected a list such as [0,4]")
                 layer_types = layer_types_from_attention(list(attention_layers or []), count)
             check_layer_types(layer_types, count)
         except ValueError as error:
