@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import FIRST_EXCEPTION, wait
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -71,6 +72,22 @@ def run(*arguments):
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command)}\nended with status {done.returncode}:\n{done.stderr[-3000:]}")
+
+
+def collect(pool, runs):
+    """Wait for trainings.
+
+    Args:
+        pool (Executor): Runs them.
+        runs (Iterable[Future]): All of them.
+
+    Raises:
+        SystemExit: That of the first that failed; those that have not begun are left out.
+    """
+    done = wait(runs, return_when=FIRST_EXCEPTION).done
+    if failed := [run for run in done if run.exception() is not None]:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise failed[0].exception()
 
 
 def _pairs(values):

@@ -174,6 +174,17 @@ def test_deepspeed_is_asked_for_by_name(toy, monkeypatch, capsys):
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("share, message", [(1.0, "--resume gone.pth does not exist"), (0.1, "paramwise_cfg")])
+def test_deepspeed_refuses_rates_that_it_would_drop(toy, monkeypatch, share, message, capsys):
+    util = SimpleNamespace(find_spec=lambda name: object())
+    monkeypatch.setattr(train, "importlib", SimpleNamespace(util=util))
+    path = toy / "toy.py"
+    path.write_text(path.read_text() + f'optim_wrapper["paramwise_cfg"] = dict(rest_lr_mult={share})\n')
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert main.run(["train", "toy.py", "--deepspeed", "deepspeed_zero2", "--resume", "gone.pth"]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_only_the_first_process_prepares_the_data(toy, monkeypatch):
     config = load_config("toy.py", ["prepare_data.size=5"])
     monkeypatch.setattr(train, "PREPARE_TIMEOUT", 0.1)

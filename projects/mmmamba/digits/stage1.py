@@ -39,6 +39,7 @@ model = dict(
     stage=1,
     mixer=improved_mixer,
     seeding=improved_seeding,
+    trainable=None,  # what attention does not have in stage 1, q, k and v too in stage 2
     alignment=improved_alignment,
     pretrained_pth=None,
     seed=0,

@@ -39,6 +39,7 @@ model = dict(
     stage=1,
     mixer=reference_mixer,
     seeding=reference_seeding,
+    trainable=None,  # what attention does not have in stage 1, q, k and v too in stage 2
     alignment=reference_alignment,
     trainable_dtype="float32",
     pretrained_pth=None,

@@ -40,6 +40,7 @@ model = dict(
     stage=1,
     mixer=windowed_mixer,
     seeding=windowed_seeding,
+    trainable=None,  # what attention does not have in stage 1, q, k and v too in stage 2
     alignment=improved_alignment,
     trainable_dtype="float32",
     pretrained_pth=None,
