@@ -19,7 +19,8 @@ def schedule(iterations):
     Returns:
         dict: ``KEY: VALUE`` for ``--cfg-options``; warm-up over a tenth, then flat, then cosine from a third on.
     """
-    warm, decay = max(1, iterations // 10), max(1, iterations // 3)
+    # MMEngine's LinearLR would stay at its first value if it had one iteration.
+    warm, decay = max(2, iterations // 10), max(2, iterations // 3)
     return {
         "train_cfg.max_iters": iterations,
         "param_scheduler.0.end": warm,

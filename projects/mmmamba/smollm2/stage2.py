@@ -10,7 +10,7 @@ with read_base():
 
 work_dir = "work_dirs/smollm2/stage2"
 previous_stage = "stage1"  # its last checkpoint lies beside work_dir
-max_iters = 25  # iterations
+max_iters = 50  # iterations
 lr = 1e-3  # peak
 
 model.update(stage=2)

@@ -1,6 +1,6 @@
 """Stage 3: the same with attention in a quarter of the layers, those that measure as most needed.
 
-$ xtuner-ext select-layers projects/mmmamba/smollm2/stage2.py work_dirs/smollm2/stage2/iter_25.pth --keep 8
+$ xtuner-ext select-layers projects/mmmamba/smollm2/stage2.py work_dirs/smollm2/stage2/iter_50.pth --keep 8
 $ bash tools/dist.sh train projects/mmmamba/smollm2/stage3_hybrid.py 1
 """
 

@@ -11,9 +11,9 @@ with read_base():
 work_dir = "work_dirs/smollm2/stage3_linear"
 previous_stage = "stage2"  # its last checkpoint lies beside work_dir
 attention_layers = []  # layers that keep attention
-max_iters = 60  # iterations
-warmup_iters = 6  # iterations
-decay_begin = 20  # iteration at which the learning rate starts to fall
+max_iters = 120  # iterations
+warmup_iters = 12  # iterations
+decay_begin = 40  # iteration at which the learning rate starts to fall
 lr = 2e-4  # peak
 max_norm = 1.0  # gradient clipping
 
