@@ -45,7 +45,7 @@ VARIANTS = {
         "window of 16 tokens and a sink, gates open": {"all": {"model.mixer.window": 16, "model.mixer.sink": True}},
         "every token matched in stage 3": {"3": {"model.divergence.tokens": "all"}},
         "only mixers train in stage 3": {"3": {"model.trainable": "mixers"}},
-        "the rest trains at a tenth of the rate": {"3": {"optim_wrapper.paramwise_cfg": "dict(rest_lr_mult=0.1)"}},
+        "the rest trains at a tenth of the rate": {"3": {"optim_wrapper.paramwise_cfg.rest_lr_mult": 0.1}},
     },
     "smollm2": {
         **COMMON,
@@ -58,7 +58,7 @@ VARIANTS = {
         "window of 32 tokens": {"all": {"model.mixer.window": 32}},
         "window of 128 tokens": {"all": {"model.mixer.window": 128}},
         "every weight trains in stage 3, the rest at a tenth of the rate": {
-            "3": {"model.trainable": "all", "optim_wrapper.paramwise_cfg": "dict(rest_lr_mult=0.1)"}
+            "3": {"model.trainable": "all", "optim_wrapper.paramwise_cfg.rest_lr_mult": 0.1}
         },
     },
 }

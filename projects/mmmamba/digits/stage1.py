@@ -37,6 +37,7 @@ model = dict(
     type=DistillModel,
     llm=dict(type=load_teacher, pretrained_model_name_or_path=teacher, dtype="float32"),
     stage=1,
+    trainable="new",
     mixer=improved_mixer,
     seeding=improved_seeding,
     alignment=improved_alignment,

@@ -37,6 +37,7 @@ model = dict(
     type=DistillModel,
     llm=dict(type=load_teacher, pretrained_model_name_or_path=teacher, dtype="bfloat16"),
     stage=1,
+    trainable="new",
     mixer=reference_mixer,
     seeding=reference_seeding,
     alignment=reference_alignment,

@@ -38,6 +38,7 @@ model = dict(
     type=DistillModel,
     llm=dict(type=load_teacher, pretrained_model_name_or_path=teacher, dtype="bfloat16"),
     stage=1,
+    trainable="new",
     mixer=windowed_mixer,
     seeding=windowed_seeding,
     alignment=improved_alignment,

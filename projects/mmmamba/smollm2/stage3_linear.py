@@ -27,6 +27,7 @@ model.update(
 )
 optim_wrapper["optimizer"].update(lr=lr)
 optim_wrapper["clip_grad"].update(max_norm=max_norm)
+optim_wrapper.update(paramwise_cfg=dict(rest_lr_mult=1.0))  # learning rate outside the mixers, relative to theirs
 param_scheduler[0].update(end=warmup_iters)
 param_scheduler[1].update(begin=decay_begin, end=max_iters)
 train_cfg.update(max_iters=max_iters)
