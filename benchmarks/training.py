@@ -53,7 +53,7 @@ def train(config, work_dir, iterations, options=None, seed=0):
 def select_layers(config, checkpoint, keep, out):
     """list[int]: The layers that ``xtuner-ext select-layers`` chooses, unless it chose them before."""
     if not out.is_file():
-        run("select-layers", project_file(config), checkpoint, "--keep", keep, "--out", out, "--batch-size", 8, "--limit", 16)
+        run("select-layers", project_file(config), checkpoint, "--keep", keep, "--out", out, "--batch-size", 4, "--limit", 4)
     return json.loads(out.read_text())["attention_layers"]
 
 
