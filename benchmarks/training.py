@@ -20,7 +20,8 @@ def schedule(iterations):
     Returns:
         dict: ``KEY: VALUE`` for ``--cfg-options``; warm-up over a tenth, then flat, then cosine from a third on.
     """
-    warm, decay = max(1, iterations // 10), max(1, iterations // 3)
+    # MMEngine's LinearLR would stay at its first value if it had one iteration.
+    warm, decay = max(2, iterations // 10), max(2, iterations // 3)
     return {
         "train_cfg.max_iters": iterations,
         "param_scheduler.0.end": warm,
@@ -53,7 +54,7 @@ def train(config, work_dir, iterations, options=None, seed=0):
 def select_layers(config, checkpoint, keep, out):
     """list[int]: The layers that ``xtuner-ext select-layers`` chooses, unless it chose them before."""
     if not out.is_file():
-        run("select-layers", project_file(config), checkpoint, "--keep", keep, "--out", out, "--batch-size", 8, "--limit", 16)
+        run("select-layers", project_file(config), checkpoint, "--keep", keep, "--out", out, "--batch-size", 4, "--limit", 4)
     return json.loads(out.read_text())["attention_layers"]
 
 

@@ -58,8 +58,8 @@ def main(argv):
     work_dir = args.work_dir or config.get("work_dir") or os.path.join("./work_dirs", Path(config_path).stem)
     if args.deepspeed:
         _check_deepspeed(args.deepspeed)
-        # One rate for all is what XTuner's optimizer has, too.
-        if (config.get("optim_wrapper", {}).get("paramwise_cfg") or {"rest_lr_mult": 1.0}) != {"rest_lr_mult": 1.0}:
+        groups = config.get("optim_wrapper", {}).get("paramwise_cfg") or {}
+        if groups.get("rest_lr_mult", 1.0) != 1.0 or "no_decay" in groups:
             raise UserError(
                 "--deepspeed would drop optim_wrapper.paramwise_cfg, as XTuner rebuilds the optimizer; "
                 "train without it, or set --cfg-options optim_wrapper.paramwise_cfg=None"

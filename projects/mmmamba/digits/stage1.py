@@ -37,9 +37,9 @@ model = dict(
     type=DistillModel,
     llm=dict(type=load_teacher, pretrained_model_name_or_path=teacher, dtype="float32"),
     stage=1,
+    trainable="new",
     mixer=improved_mixer,
     seeding=improved_seeding,
-    trainable=None,  # what attention does not have in stage 1, q, k and v too in stage 2
     alignment=improved_alignment,
     pretrained_pth=None,
     seed=0,

@@ -12,5 +12,5 @@ work_dir = "work_dirs/digits/stage2"
 previous_stage = "stage1"  # its last checkpoint lies beside work_dir
 lr = 2e-3  # peak
 
-model.update(stage=2)
+model.update(stage=2, trainable="mixers")
 optim_wrapper["optimizer"].update(lr=lr)

@@ -37,9 +37,9 @@ model = dict(
     type=DistillModel,
     llm=dict(type=load_teacher, pretrained_model_name_or_path=teacher, dtype="bfloat16"),
     stage=1,
+    trainable="new",
     mixer=reference_mixer,
     seeding=reference_seeding,
-    trainable=None,  # what attention does not have in stage 1, q, k and v too in stage 2
     alignment=reference_alignment,
     trainable_dtype="float32",
     pretrained_pth=None,

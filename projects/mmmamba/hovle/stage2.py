@@ -12,5 +12,5 @@ work_dir = "work_dirs/hovle/stage2"
 previous_stage = "stage1"  # its last checkpoint lies beside work_dir
 lr = 5e-4  # peak
 
-model.update(stage=2)
+model.update(stage=2, trainable="mixers")
 optim_wrapper["optimizer"].update(lr=lr)

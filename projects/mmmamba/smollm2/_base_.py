@@ -17,7 +17,7 @@ data_dir = "work_dirs/smollm2/data"
 eval_data = data_dir + "/test.json"
 template = "smollm2"
 max_length = 512  # tokens
-batch_size = 8  # samples a process
+batch_size = 4  # samples a process
 num_workers = 0  # processes that read data
 
 prepare_data = [
@@ -38,4 +38,4 @@ train_dataloader = dict(
     sampler=dict(type=ResumableInfiniteSampler, shuffle=True),
     collate_fn=dict(type=conversation_collate),
 )
-custom_hooks = [dict(type=HeldOutHook, meta=eval_data, interval=20, limit=32, batch_size=8)]
+custom_hooks = [dict(type=HeldOutHook, meta=eval_data, interval=40, limit=32, batch_size=8)]

@@ -24,9 +24,9 @@ with read_base():
 work_dir = "work_dirs/smollm2/stage1"
 previous_stage = None
 
-max_iters = 15  # iterations of 8 samples, about 2,000 tokens
-warmup_iters = 2  # iterations
-decay_begin = 5  # iteration at which the learning rate starts to fall
+max_iters = 30  # iterations of 4 samples, about 1,000 tokens
+warmup_iters = 3  # iterations
+decay_begin = 10  # iteration at which the learning rate starts to fall
 lr = 4e-3  # peak
 weight_decay = 0.0
 max_norm = 5.0  # gradient clipping
@@ -38,9 +38,9 @@ model = dict(
     type=DistillModel,
     llm=dict(type=load_teacher, pretrained_model_name_or_path=teacher, dtype="bfloat16"),
     stage=1,
+    trainable="new",
     mixer=windowed_mixer,
     seeding=windowed_seeding,
-    trainable=None,  # what attention does not have in stage 1, q, k and v too in stage 2
     alignment=improved_alignment,
     trainable_dtype="float32",
     pretrained_pth=None,

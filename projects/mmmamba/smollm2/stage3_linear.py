@@ -11,9 +11,9 @@ with read_base():
 work_dir = "work_dirs/smollm2/stage3_linear"
 previous_stage = "stage2"  # its last checkpoint lies beside work_dir
 attention_layers = []  # layers that keep attention
-max_iters = 60  # iterations
-warmup_iters = 6  # iterations
-decay_begin = 20  # iteration at which the learning rate starts to fall
+max_iters = 120  # iterations
+warmup_iters = 12  # iterations
+decay_begin = 40  # iteration at which the learning rate starts to fall
 lr = 2e-4  # peak
 max_norm = 1.0  # gradient clipping
 
@@ -25,9 +25,9 @@ model.update(
     trainable="mixers",
     divergence=improved_divergence,
 )
-optim_wrapper.update(paramwise_cfg=dict(rest_lr_mult=1.0))  # learning rate outside the mixers, as a share of theirs
 optim_wrapper["optimizer"].update(lr=lr)
 optim_wrapper["clip_grad"].update(max_norm=max_norm)
+optim_wrapper.update(paramwise_cfg=dict(rest_lr_mult=1.0))  # learning rate outside the mixers, relative to theirs
 param_scheduler[0].update(end=warmup_iters)
 param_scheduler[1].update(begin=decay_begin, end=max_iters)
 train_cfg.update(max_iters=max_iters)
