@@ -79,7 +79,7 @@ INTERNVL2 = {"model_type": "internvl_chat", "llm_config": {}, "vision_config": {
         {"model_type": "internlm2", "bias": False, "rope_scaling": "dynamic"},
         {**INTERNVL2, "vision_config": "large"},
         {"model_type": "internvl_chat", "embedding_config": {}, "llm_config": None},
-        {"model_type": "llava", "vision_config": {"model_type": "clip_vision_model", "hidden_size": "wide"}, "text_config": {}},
+        {"model_type": "llava", "text_config": {}, "vision_config": {"hidden_size": "wide"}},
         {"model_type": "hybrid_vl", "hidden_size": "wide"},
     ],
 )
