@@ -11,7 +11,7 @@ from torch import nn
 from xtuner.registry import BUILDER
 
 from ..convert.seeding import Seeding, first_token_states, seed_mixer
-from ..convert.teacher import torch_dtype
+from ..convert.checkpoint import find_dtype
 from ..data.masking import next_token_rows
 from ..errors import UserError
 from ..modeling import Mamba2Mixer, PairedMixer, layer_types_from_attention
@@ -114,7 +114,7 @@ class DistillModel(HybridModel):
         self._pair(Seeding.from_dict(seeding or {}), seed)
         self._freeze()
         if trainable_dtype is not None:
-            dtype = torch_dtype(trainable_dtype, "model.trainable_dtype")
+            dtype = find_dtype(trainable_dtype, "model.trainable_dtype")
             for name, parameter in self.named_parameters():
                 if parameter.requires_grad and name.rpartition(".")[2] not in FP32_PARAMETERS:
                     parameter.data = parameter.data.to(dtype)
