@@ -38,7 +38,6 @@ VARIANTS = {
         "q and k brought to unit length": {"all": {"model.mixer.qk_norm": "l2"}},
         "gates start shut": {"all": {"model.seeding.gate": "xavier"}},
         "aligned after the output projection, which trains": {**AFTER_PROJECTION, "3": {}},
-        "image tokens weighted by density": {"1": {"model.alignment.density": 1.0}, "2": {"model.alignment.density": 1.0}},
         "window of 16 tokens and a sink": {
             "all": {"model.mixer.window": 16, "model.mixer.sink": True, "model.seeding.gate": "xavier"}
         },

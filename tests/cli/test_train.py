@@ -174,6 +174,19 @@ def test_deepspeed_is_asked_for_by_name(toy, monkeypatch, capsys):
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "text, message",
+    [('{"zero_optimization": {"stage": 3}}', "ZeRO-3"), ("not json", "not a DeepSpeed configuration")],
+    ids=["ZeRO-3", "text"],
+)
+def test_deepspeed_configurations_that_cannot_work_are_refused(toy, monkeypatch, tmp_path, text, message, capsys):
+    util = SimpleNamespace(find_spec=lambda name: object())
+    monkeypatch.setattr(train, "importlib", SimpleNamespace(util=util))
+    (tmp_path / "zero.json").write_text(text)
+    assert main.run(["train", "toy.py", "--deepspeed", str(tmp_path / "zero.json")]) == 2
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("share, message", [(1.0, "--resume gone.pth does not exist"), (0.1, "paramwise_cfg")])
 def test_deepspeed_refuses_rates_that_it_would_drop(toy, monkeypatch, share, message, capsys):
     util = SimpleNamespace(find_spec=lambda name: object())

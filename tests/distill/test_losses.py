@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from xtuner_ext.distill.losses import alignment_error, chunked_divergence, density_weights, logit_divergence
+from xtuner_ext.distill.losses import alignment_error, chunked_divergence, logit_divergence
 
 
 def test_alignment_error_is_the_mean_over_real_tokens_only():
@@ -21,21 +21,6 @@ def test_normalised_alignment_error_does_not_depend_on_the_target_scale():
     small = alignment_error(prediction, target, normalise=True)
     assert torch.isclose(small, alignment_error(prediction * 100, target * 100, normalise=True))
     assert torch.isclose(alignment_error(torch.zeros_like(target), target, normalise=True), torch.tensor(1.0))
-
-
-@pytest.mark.parametrize("strength", [0.25, 1.0])
-def test_density_weights_are_one_on_average_over_a_rows_image_tokens_and_one_elsewhere(strength):
-    embeds = torch.randn(3, 9, 16, generator=torch.Generator().manual_seed(0))
-    image = torch.zeros(3, 9, dtype=torch.bool)
-    image[0, 2:8], image[1, :3] = True, True
-    weights = density_weights(embeds, image, strength)
-    assert (weights[~image] == 1).all() and (weights >= 0).all()
-    for row in (0, 1):
-        assert torch.isclose(weights[row][image[row]].mean(), torch.tensor(1.0), atol=1e-5)
-        directions = F.normalize(embeds[row][image[row]], dim=-1)
-        apart = 1 - directions @ directions.mean(0)
-        expected = 1 + strength * (apart / apart.mean() - 1)
-        assert torch.allclose(weights[row][image[row]], expected, atol=1e-3)
 
 
 def test_patches_that_are_alike_weigh_the_same_and_the_odd_one_most():

@@ -11,7 +11,6 @@ from xtuner.registry import BUILDER
 from tests.reference.hovle import hovle_config, hovle_logits, random_hovle_checkpoint
 from xtuner_ext.convert import load_teacher
 from xtuner_ext.distill import DistillModel
-from xtuner_ext.distill.losses import density_weights
 from xtuner_ext.errors import UserError
 
 IMPROVED = dict(
@@ -229,7 +228,6 @@ def test_checkpoints_hold_what_trains_and_decay_in_fp32(teacher):
         (dict(stage=1, seeding=dict(dt=2)), "unknown seeding key 'dt'"),
         (dict(stage=1, alignment=dict(weight=2)), "unknown key model.alignment.weight"),
         (dict(stage=3, divergence=dict(tokens="some")), "model.divergence.tokens is 'some'"),
-        (dict(stage=1, alignment=dict(density=1.5)), "model.alignment.density is 1.5, expected 0 to 1"),
         (dict(stage=2, trainable="projections"), "needs alignment.after_projection=True"),
         (dict(stage=3, attention_layers="gone.json"), "names gone.json, which does not exist"),
         (dict(stage=3, attention_layers=0), "attention_layers is 0, expected a list"),
@@ -320,29 +318,6 @@ def test_alignment_after_the_projection_is_the_error_of_what_the_layer_adds(teac
                 torch.testing.assert_close(parameter.grad, expected, rtol=1e-3, atol=1e-6, msg=name)
 
 
-def test_density_weighs_the_tokens_of_the_alignment(teacher):
-    folder, config, _ = teacher
-    data = batch(config)
-    image = (data["input_ids"] == config["embedding_config"]["img_context_token_id"]) & data["attention_mask"].bool()
-    found, errors = {}, []
-    for density in (0.0, 1.0):
-        model = build(folder, 1, alignment=dict(scale=1.0, density=density))
-        found[density] = model.compute_loss(**data)["loss"]
-    embeds = model.llm.embed(data["input_ids"], data["pixel_values"])
-    weights = density_weights(embeds, image, 1.0) * data["attention_mask"]
-    model._activate("full_attention")
-    hidden = model.llm.model(
-        inputs_embeds=embeds, attention_mask=data["attention_mask"], output_hidden_states=True
-    ).hidden_states
-    context = model.llm.model.layer_context(embeds, data["attention_mask"])
-    for layer, before in zip(model.llm.model.layers, hidden):
-        normed, own = layer.input_layernorm(before), layer.mixer_context(context)
-        heads = layer.mixer.mamba.head_outputs(normed, **own) - layer.mixer.attention.head_outputs(normed, **own)
-        errors.append((heads.square().mean((-1, -2)) * weights).sum() / weights.sum())
-    torch.testing.assert_close(found[1.0], torch.stack(errors).mean())
-    assert found[0.0] != found[1.0]
-
-
 def test_attention_layers_may_be_a_file_of_select_layers(teacher, tmp_path):
     path = tmp_path / "layers.json"
     path.write_text(json.dumps({"attention_layers": [1, 3], "order": [3, 1]}))
@@ -365,12 +340,6 @@ def test_windowed_students_give_every_trained_weight_a_gradient(teacher, stage, 
     assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
     trained = {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad}
     assert {"sink_key", "sink_value"} <= trained
-
-
-def test_density_is_refused_without_images(write_text_model, tmp_path):
-    write_text_model(tmp_path, "llama")
-    with pytest.raises(UserError, match="model.alignment.density weighs image tokens, but the teacher has no"):
-        build(tmp_path, 1, alignment=dict(density=0.5))
 
 
 def test_decay_rates_stay_fp32_whatever_the_trainable_dtype(teacher):

@@ -22,7 +22,7 @@ class ChatSession:
         self.system = system
         tokenizer = processor.tokenizer
         extra = {tokenizer.convert_tokens_to_ids(word) for word in stop_words} - {None, tokenizer.unk_token_id}
-        self.stops = sorted({*stop_token_ids(tokenizer, template), *extra})
+        self.stops = sorted({*stop_token_ids(tokenizer, template, model.config), *extra})
         self.reset()
 
     def reset(self):

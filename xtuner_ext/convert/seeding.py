@@ -38,6 +38,8 @@ class Seeding:
     gate: str = "xavier"
 
     def __post_init__(self):
+        if not 0 < self.dt_min <= self.dt_max:
+            raise UserError(f"seeding.dt_min is {self.dt_min} and dt_max {self.dt_max}, expected 0 < dt_min <= dt_max")
         for name, value, words in (("dt_spacing", self.dt_spacing, ("random", "log")), ("gate", self.gate, ("xavier", "open"))):
             if value not in words:
                 raise UserError(f"seeding.{name} is {value!r}, expected one of {words}")

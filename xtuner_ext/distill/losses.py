@@ -8,10 +8,6 @@ import math
 import torch
 import torch.nn.functional as F
 
-# Cosine distance that counts as none.
-ALIKE = 1e-4
-
-
 def alignment_error(prediction, target, token_mask=None, normalise=False):
     """Mean squared error between two mixers' head outputs, over real tokens.
 
@@ -20,7 +16,7 @@ def alignment_error(prediction, target, token_mask=None, normalise=False):
     Args:
         prediction (Tensor): (B, L, H, P).
         target (Tensor): (B, L, H, P).
-        token_mask (Tensor, optional): Tokens that count, boolean (B, L), or how much they count.
+        token_mask (Tensor, optional): Boolean (B, L), tokens that count.
         normalise (bool): Divide by the target's mean square, so that layers of any scale weigh the same.
 
     Returns:
@@ -35,28 +31,6 @@ def alignment_error(prediction, target, token_mask=None, normalise=False):
         count = weight.sum().clamp(min=1)
         error, energy = (error * weight).sum() / count, (energy * weight).sum() / count
     return error / energy.clamp(min=1e-12) if normalise else error
-
-
-@torch.no_grad()
-def density_weights(embeds, image, strength):
-    """Weights that lean on the image tokens that differ most from the rest of their image (HEED, arXiv 2605.17093).
-
-    Args:
-        embeds (Tensor): Input vectors, (B, L, D).
-        image (Tensor): Boolean (B, L), image tokens.
-        strength (float): From 0, which weighs all alike, to 1, at which a token of twice the mean
-            dissimilarity weighs twice.
-
-    Returns:
-        Tensor: (B, L), 1 on average over the image tokens of a row and 1 elsewhere.
-    """
-    vectors = F.normalize(embeds.float(), dim=-1) * image[..., None]
-    count = image.sum(-1, keepdim=True).clamp(min=1)
-    dissimilarity = 1 - torch.einsum("bld,bd->bl", vectors, vectors.sum(1)) / count
-    mean = (dissimilarity * image).sum(-1, keepdim=True) / count
-    # Between patches that are all alike only rounding differs.
-    weights = 1 + strength * ((dissimilarity + ALIKE) / (mean + ALIKE) - 1)
-    return torch.where(image, weights.clamp(min=0), 1.0)
 
 
 def logit_divergence(student, teacher, direction="forward", temperature=1.0):

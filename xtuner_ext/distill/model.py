@@ -20,7 +20,7 @@ from ..modeling.mixers import FP32_PARAMETERS
 from .base import HybridModel
 from .layer_selection import read_selection
 from .local_backward import local_backward
-from .losses import alignment_error, chunked_divergence, density_weights
+from .losses import alignment_error, chunked_divergence
 from .stages import describe, fingerprint, load_previous_stage
 
 TRAINABLE = {
@@ -34,7 +34,7 @@ TRAINABLE = {
 }
 SCOPES = ("new", "mixers", "projections", "all")
 # Options of the losses with their defaults, and the words that some of them take.
-ALIGNMENT = {"scale": 1000.0, "normalise": False, "after_projection": False, "density": 0.0}
+ALIGNMENT = {"scale": 1000.0, "normalise": False, "after_projection": False}
 DIVERGENCE = {"direction": "forward", "temperature": 1.0, "tokens": "answer", "reduction": "mean", "chunk_rows": 512}
 WORDS = {
     "direction": ("forward", "reverse", "js"),
@@ -58,8 +58,7 @@ class DistillModel(HybridModel):
             output projection) or ``all``; by default ``new`` in stage 1 and ``mixers`` after it. ``all`` is
             for stage 3 and loads a frozen teacher besides the student.
         alignment (dict, optional): Stages 1 and 2: ``scale`` and ``normalise`` of the layer loss, and
-            ``after_projection`` to compare what the output projection makes of the heads, and ``density``,
-            which weighs image tokens by how little they resemble their image's others.
+            ``after_projection`` to compare what the output projection makes of the heads.
         divergence (dict, optional): Stage 3: ``direction``, ``temperature``, ``tokens`` (``answer`` or
             ``all``), ``reduction`` (``mean`` over tokens or ``batchmean``) and ``chunk_rows``.
         trainable_dtype (str, optional): Such as ``"float32"``, for weights that train beside frozen bf16
@@ -98,10 +97,6 @@ class DistillModel(HybridModel):
             raise UserError(f"model.trainable is {trainable!r}, expected one of {SCOPES}, 'all' only in stage 3")
         self.alignment = _options("alignment", ALIGNMENT, alignment)
         self.divergence = _options("divergence", DIVERGENCE, divergence)
-        if not 0 <= self.alignment["density"] <= 1:
-            raise UserError(f"model.alignment.density is {self.alignment['density']}, expected 0 to 1")
-        if self.alignment["density"] and self.llm.config.vision is None:
-            raise UserError("model.alignment.density weighs image tokens, but the teacher has no image front end")
         for key in ("temperature", "chunk_rows"):
             if not self.divergence[key] > 0:
                 raise UserError(f"model.divergence.{key} is {self.divergence[key]}, expected more than 0")
@@ -246,9 +241,6 @@ class DistillModel(HybridModel):
         if self.llm.config.vision is not None:
             image = (input_ids == self.llm.config.image_token_id) & real
             kinds = {"image": image, "text": real & ~image}
-        weights = mask
-        if self.alignment["density"] and "image" in kinds:
-            weights = real * density_weights(embeds, image, self.alignment["density"])
         errors, measures, hidden = [], {}, embeds
         split = {kind: [] for kind in kinds}
         for index, layer in enumerate(decoder.layers):
@@ -264,7 +256,7 @@ class DistillModel(HybridModel):
                     prediction = pair.mamba(normed, **layer_inputs)[:, :, None]
                 else:
                     prediction = pair.mamba.head_outputs(normed, **layer_inputs)
-                error = alignment_error(prediction, target, weights, normalise)
+                error = alignment_error(prediction, target, mask, normalise)
                 prediction = prediction.detach()
                 return error, {k: alignment_error(prediction, target, part, normalise) for k, part in kinds.items()}
 
