@@ -23,17 +23,6 @@ def test_normalised_alignment_error_does_not_depend_on_the_target_scale():
     assert torch.isclose(alignment_error(torch.zeros_like(target), target, normalise=True), torch.tensor(1.0))
 
 
-def test_patches_that_are_alike_weigh_the_same_and_the_odd_one_most():
-    patch = torch.randn(16, generator=torch.Generator().manual_seed(0))
-    embeds, image = patch.expand(1, 8, 16).clone(), torch.ones(1, 8, dtype=torch.bool)
-    assert torch.allclose(density_weights(embeds, image, 1.0), torch.ones(1, 8), atol=1e-2)
-    embeds[0, 5] = -patch
-    weights = density_weights(embeds, image, 1.0)
-    others = torch.cat([weights[0, :5], weights[0, 6:]])
-    assert weights.argmax() == 5 and torch.allclose(others, others[0].expand(7), atol=1e-5)
-    assert (density_weights(embeds, image, 0.0) == 1).all()
-
-
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_forward_divergence_is_torchs_kl_times_the_squared_temperature(temperature):
     student, teacher = torch.randn(7, 11), torch.randn(7, 11)
