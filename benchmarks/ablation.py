@@ -37,13 +37,16 @@ VARIANTS = {
         **COMMON,
         "q and k brought to unit length": {"all": {"model.mixer.qk_norm": "l2"}},
         "gates start shut": {"all": {"model.seeding.gate": "xavier"}},
-        "aligned after the output projection, which trains": {**AFTER_PROJECTION, "3": {}},
+        "aligned before the output projection, which stays as it is": {
+            "1": {"model.alignment.after_projection": False},
+            "2": {"model.alignment.after_projection": False, "model.trainable": "mixers"},
+        },
         "window of 16 tokens and a sink": {
             "all": {"model.mixer.window": 16, "model.mixer.sink": True, "model.seeding.gate": "xavier"}
         },
         "window of 16 tokens and a sink, gates open": {"all": {"model.mixer.window": 16, "model.mixer.sink": True}},
         "every token matched in stage 3": {"3": {"model.divergence.tokens": "all"}},
-        "only mixers train in stage 3": {"3": {"model.trainable": "mixers"}},
+        "only mixers and output projections train in stage 3": {"3": {"model.trainable": "projections"}},
         "the rest trains at a tenth of the rate": {"3": {"optim_wrapper.paramwise_cfg.rest_lr_mult": 0.1}},
     },
     "smollm2": {

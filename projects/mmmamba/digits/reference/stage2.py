@@ -9,5 +9,7 @@ with read_base():
     from ..stage2 import *
 
 work_dir = "work_dirs/digits_reference/stage2"
-model.update(mixer=reference_mixer, seeding=reference_seeding, alignment=reference_alignment)
+model.update(
+    mixer=reference_mixer, seeding=reference_seeding, alignment=reference_alignment, trainable="mixers"
+)
 optim_wrapper["optimizer"].update(lr=5e-4, weight_decay=0.05)

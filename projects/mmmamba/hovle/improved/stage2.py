@@ -9,4 +9,6 @@ with read_base():
     from ..stage2 import *
 
 work_dir = "work_dirs/hovle_improved/stage2"
-model.update(mixer=improved_mixer, seeding=improved_seeding, alignment=improved_alignment)
+model.update(
+    mixer=improved_mixer, seeding=improved_seeding, alignment=improved_alignment, trainable="projections"
+)
