@@ -87,3 +87,14 @@ def test_chunked_divergence_equals_full_logits_with_every_gradient(direction, ch
         assert torch.allclose(ours, theirs, atol=1e-5), name
     assert torch.isclose(total, full)
     assert agreed == ((hidden @ head.T).argmax(-1) == (target @ target_head.T).argmax(-1)).sum()
+
+
+def test_density_is_that_of_the_sample_in_a_packed_row():
+    embeds = torch.randn(1, 12, 16, generator=torch.Generator().manual_seed(0))
+    image = torch.tensor([[1, 1, 1, 0, 0, 0, 1, 1, 1, 1, 0, 0]]).bool()
+    segments = torch.tensor([[7, 7, 7, 7, 3, 3, 7, 7, 7, 7, 7, -1]])
+    packed = density_weights(embeds, image, 1.0, segments)
+    for part in (slice(0, 4), slice(4, 6), slice(6, 11), slice(11, 12)):
+        alone = density_weights(embeds[:, part], image[:, part], 1.0)
+        assert torch.allclose(packed[:, part], alone, atol=1e-6)
+    assert not torch.allclose(packed, density_weights(embeds, image, 1.0), atol=1e-2)

@@ -8,6 +8,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from ..ops.ssd import number_segments
+
 # Cosine distance that counts as none.
 ALIKE = 1e-4
 
@@ -38,7 +40,7 @@ def alignment_error(prediction, target, token_mask=None, normalise=False):
 
 
 @torch.no_grad()
-def density_weights(embeds, image, strength):
+def density_weights(embeds, image, strength, segment_ids=None):
     """Weights that lean on the image tokens that differ most from the rest of their image (HEED, arXiv 2605.17093).
 
     Args:
@@ -46,14 +48,19 @@ def density_weights(embeds, image, strength):
         image (Tensor): Boolean (B, L), image tokens.
         strength (float): From 0, which weighs all alike, to 1, at which a token of twice the mean
             dissimilarity weighs twice.
+        segment_ids (Tensor, optional): Integers (B, L) of packed rows.
 
     Returns:
-        Tensor: (B, L), 1 on average over the image tokens of a row and 1 elsewhere.
+        Tensor: (B, L), 1 on average over the image tokens of a sample and 1 elsewhere.
     """
-    vectors = F.normalize(embeds.float(), dim=-1) * image[..., None]
-    count = image.sum(-1, keepdim=True).clamp(min=1)
-    dissimilarity = 1 - torch.einsum("bld,bd->bl", vectors, vectors.sum(1)) / count
-    mean = (dissimilarity * image).sum(-1, keepdim=True) / count
+    # m: samples of a row.
+    sample = torch.zeros_like(image, dtype=torch.long) if segment_ids is None else number_segments(segment_ids)
+    members = F.one_hot(sample).float() * image[..., None]
+    vectors = F.normalize(embeds.float(), dim=-1)
+    count = members.sum(1).clamp(min=1)
+    centre = torch.einsum("blm,bld->bmd", members, vectors) / count[..., None]
+    dissimilarity = 1 - (vectors * centre.take_along_dim(sample[..., None], dim=1)).sum(-1)
+    mean = (torch.einsum("blm,bl->bm", members, dissimilarity) / count).take_along_dim(sample, dim=1)
     # Between patches that are all alike only rounding differs.
     weights = 1 + strength * ((dissimilarity + ALIKE) / (mean + ALIKE) - 1)
     return torch.where(image, weights.clamp(min=0), 1.0)
