@@ -6,6 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from xtuner_ext.data.dataset import ConversationDataset
@@ -139,6 +140,27 @@ def test_what_the_counts_depend_on_makes_them_counted_anew(build, tmp_path, chan
     changed = build(**{"lines": LINES, **change})
     assert sample_lengths(changed, tmp_path / "kept").tolist() == sample_lengths(changed).tolist()
     assert len(list((tmp_path / "kept").iterdir())) == 2
+
+
+def _count_in_a_process(rank, folder, processor):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    dataset = ConversationDataset(folder / "d.json", processor, "internlm2_chat")
+    counted, count = [], dataset.count_tokens
+    dataset.count_tokens = lambda *where: counted.append(where) or count(*where)
+    for turn in range(2):
+        np.save(folder / f"{rank}_{turn}.npy", sample_lengths(dataset, folder / "kept"))
+        np.save(folder / f"{rank}_{turn}_counted.npy", len(counted))
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_share_the_work_and_agree(build, tmp_path):
+    dataset = build(LINES)
+    expected = sample_lengths(dataset)
+    torch.multiprocessing.spawn(_count_in_a_process, (tmp_path, dataset.processor), nprocs=2)
+    for rank, share in enumerate((6, 5)):
+        for turn in range(2):
+            assert (np.load(tmp_path / f"{rank}_{turn}.npy") == expected).all()
+            assert np.load(tmp_path / f"{rank}_{turn}_counted.npy") == share
 
 
 def test_a_damaged_file_is_replaced(build, tmp_path):
