@@ -122,6 +122,18 @@ LONG_ROPE = dict(
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("padding", [0, 5], ids=["in-a-sample", "apart"])
+def test_padding_of_a_packed_row_is_not_seen_and_sees_something(make_model, padding):
+    model, ids = make_model("hybrid"), make_ids(1, 10)
+    segments = torch.tensor([padding] * 3 + [0] * 7)[None]
+    mask = torch.tensor([0] * 3 + [1] * 7)[None]
+    logits = model(ids, attention_mask=mask, segment_ids=segments).logits
+    torch.testing.assert_close(logits[:, 3:], model(ids[:, 3:]).logits, **TOLERANCE)
+    context = model.model.layer_context(model.embed(ids), mask, segment_ids=segments)
+    seen = context["attention_mask"][0, 0]
+    assert seen.any(-1).all() and not seen[3:, :3].any()
+
+
 def test_no_loss_falls_on_the_first_token_of_a_packed_segment(make_model):
     model, lengths = make_model("hybrid"), [6, 1, 9]
     rows = [make_ids(1, length, seed) for seed, length in enumerate(lengths)]

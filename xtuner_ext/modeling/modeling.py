@@ -143,15 +143,19 @@ class HybridDecoder(HybridVLPreTrainedModel):
             attention_mask = None if attention_mask.all() else attention_mask
         if position_ids is None:
             position_ids = _positions(inputs_embeds, attention_mask, segment_ids, seen)
-        packed = None
+        packed, key_mask = None, attention_mask
         if segment_ids is not None:
-            packed = _same_segment(number_segments(segment_ids))
+            groups = number_segments(segment_ids)
+            if attention_mask is not None:
+                # Padding sees padding, so that no token sees nothing, for which some kernels give NaN.
+                groups, key_mask = 2 * groups + attention_mask.long(), None
+            packed = _same_segment(groups)
         causal_mask = None
         if "full_attention" in self.config.layer_types:
             causal_mask = create_causal_mask(
                 config=self.config,
                 inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
+                attention_mask=key_mask,
                 past_key_values=cache,
                 position_ids=torch.arange(seen, seen + length, device=device)[None],
                 and_mask_function=packed,
