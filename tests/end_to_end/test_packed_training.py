@@ -76,8 +76,10 @@ def test_a_run_that_goes_on_ends_with_the_weights_of_an_uninterrupted_one(train,
 
 
 def test_held_out_lines_count_the_rows_tokens_and_measure_single_samples(train, digits, digits_processor):
-    packed = [json.loads(line) for line in (train("packed", "stage1", "packed") / "held_out.jsonl").read_text().splitlines()]
-    plain = [json.loads(line) for line in (train("grouped", "stage1", "plain") / "held_out.jsonl").read_text().splitlines()]
+    packed, plain = (
+        [json.loads(line) for line in (train(kind, "stage1", kind) / "held_out.jsonl").read_text().splitlines()]
+        for kind in ("packed", "grouped")
+    )
     assert packed[0]["kl"] == plain[0]["kl"]
     dataset = ConversationDataset(str(digits / "train.json"), digits_processor, "internlm2_chat", max_length=512)
     rows = PackedDataset(dataset, 300)

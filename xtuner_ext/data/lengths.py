@@ -37,7 +37,8 @@ def sample_lengths(dataset, cache_dir=None):
             written.
     """
     if not hasattr(dataset, "count_tokens"):
-        raise UserError(f"{type(dataset).__name__} does not tell the lengths of its samples, expected a ConversationDataset")
+        found = type(dataset).__name__
+        raise UserError(f"{found} does not tell the lengths of its samples, expected a ConversationDataset")
     lengths = np.empty(len(dataset), dtype=np.int64)
     for source in range(len(dataset.sources)):
         mine = dataset.index[:, 0] == source
