@@ -11,7 +11,7 @@ import statistics
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from training import REPOSITORY, held_out, machine, train
+from training import REPOSITORY, collect, held_out, machine, train
 
 ALIGNMENT_UNSCALED = {"model.alignment.normalise": False, "model.alignment.scale": 1000.0}
 AFTER_PROJECTION = {
@@ -23,7 +23,6 @@ AFTER_PROJECTION = {
 COMMON = {
     "improved recipe": {},
     "attention's rotary positions left out": {"all": {"model.mixer.use_rope": False}},
-    "q and k brought to unit length": {"all": {"model.mixer.qk_norm": "l2"}},
     "decay rates -e, random time steps": {"all": {"model.seeding.A_log": 1.0, "model.seeding.dt_spacing": "random"}},
     "slow heads only: steps 0.0001 to 0.01": {"all": {"model.seeding.dt_min": 1e-4, "model.seeding.dt_max": 1e-2}},
     "no convolution": {"all": {"model.mixer.conv_kernel": 0}},
@@ -36,9 +35,9 @@ COMMON = {
 VARIANTS = {
     "digits": {
         **COMMON,
+        "q and k brought to unit length": {"all": {"model.mixer.qk_norm": "l2"}},
         "gates start shut": {"all": {"model.seeding.gate": "xavier"}},
         "aligned after the output projection, which trains": {**AFTER_PROJECTION, "3": {}},
-        "image tokens weighted by density": {"1": {"model.alignment.density": 1.0}, "2": {"model.alignment.density": 1.0}},
         "window of 16 tokens and a sink": {
             "all": {"model.mixer.window": 16, "model.mixer.sink": True, "model.seeding.gate": "xavier"}
         },
@@ -49,6 +48,7 @@ VARIANTS = {
     },
     "smollm2": {
         **COMMON,
+        "q and k as they are": {"all": {"model.mixer.qk_norm": None}},
         "gates start open": {"all": {"model.seeding.gate": "open"}},
         "aligned after the output projection, which trains": AFTER_PROJECTION,
         "no sink": {"all": {"model.mixer.sink": False}},
@@ -80,7 +80,8 @@ def main():
         os.environ["OMP_NUM_THREADS"] = "1"
     with ThreadPoolExecutor(args.jobs) as pool:
         runs = {name: [pool.submit(run, args, name, seed) for seed in range(args.seeds)] for name in names}
-        rows = {name: [one.result() for one in found] for name, found in runs.items()}
+        collect(pool, [one for found in runs.values() for one in found])
+    rows = {name: [one.result() for one in found] for name, found in runs.items()}
     print_table(rows, args)
     if args.json:
         print(json.dumps({"teacher": args.teacher, "rows": rows}))

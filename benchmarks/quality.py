@@ -9,10 +9,10 @@ import argparse
 import json
 import os
 import statistics
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from training import REPOSITORY, held_out, machine, select_layers, train
+from training import REPOSITORY, collect, held_out, machine, select_layers, train
 
 # Iterations of each project's configs give the split of the tokens over the stages.
 RECIPES = {"reference": "mmmamba/{teacher}/reference", "improved": "mmmamba/{teacher}"}
@@ -36,8 +36,7 @@ def main():
     with ThreadPoolExecutor(args.jobs) as pool:
         keys = [(recipe, seed) for seed in range(args.seeds) for recipe in RECIPES]
         runs = {key: pool.submit(run_recipe, args, *key, counts[key[0]]) for key in keys}
-        wait(runs.values(), return_when=FIRST_EXCEPTION)
-        pool.shutdown(cancel_futures=True)
+        collect(pool, runs.values())
     results = {}
     for (recipe, _), run in sorted(runs.items(), key=lambda item: list(RECIPES).index(item[0][0])):
         for student, measures in run.result().items():

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import FIRST_EXCEPTION, wait
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -53,7 +54,7 @@ def train(config, work_dir, iterations, options=None, seed=0):
 def select_layers(config, checkpoint, keep, out):
     """list[int]: The layers that ``xtuner-ext select-layers`` chooses, unless it chose them before."""
     if not out.is_file():
-        run("select-layers", project_file(config), checkpoint, "--keep", keep, "--out", out, "--batch-size", 8, "--limit", 16)
+        run("select-layers", project_file(config), checkpoint, "--keep", keep, "--out", out, "--batch-size", 4, "--limit", 4)
     return json.loads(out.read_text())["attention_layers"]
 
 
@@ -72,6 +73,22 @@ def run(*arguments):
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command)}\nended with status {done.returncode}:\n{done.stderr[-3000:]}")
+
+
+def collect(pool, runs):
+    """Wait for trainings.
+
+    Args:
+        pool (Executor): Runs them.
+        runs (Iterable[Future]): All of them.
+
+    Raises:
+        SystemExit: That of the first that failed; those that have not begun are left out.
+    """
+    done = wait(runs, return_when=FIRST_EXCEPTION).done
+    if failed := [run for run in done if run.exception() is not None]:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise failed[0].exception()
 
 
 def _pairs(values):

@@ -33,3 +33,7 @@ def test_a_stage_has_its_recipes_settings_and_no_other(name):
     recipe = "reference" if reference else "windowed" if "smollm2" in name else "improved"
     assert model.mixer == recipes[f"{recipe}_mixer"]
     assert model.seeding == recipes[f"{recipe}_seeding"]
+    loss, other = ("alignment", "divergence") if model.stage < 3 else ("divergence", "alignment")
+    assert model[loss] == recipes[f"{'reference' if reference else 'improved'}_{loss}"] and other not in model
+    # The paper's.
+    assert not reference or load_config(config_names()[name]).optim_wrapper.clip_grad.max_norm == 5.0

@@ -1,6 +1,7 @@
 """The verb `compare`: numbers, tables, and what it refuses."""
 
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from xtuner_ext.cli.main import run
 from xtuner_ext.convert.teacher import load_processor, load_teacher
 from xtuner_ext.data.dataset import ConversationDataset
+from xtuner_ext.evaluation.runner import read_questions
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +79,15 @@ def test_accuracy_is_that_of_eval(tiny_teacher, student, data, tmp_path, capsys)
         assert run(["eval", str(folder), *options, "--out", str(tmp_path / folder.name), "--json"]) == 0
         scores = json.loads(capsys.readouterr().out)
         assert row["accuracy"] == {key: scores[key] for key in row["accuracy"]} and row["accuracy"]["count"] == 12
+
+
+def test_a_limit_takes_questions_from_the_whole_data(tiny_teacher, student, data, capsys):
+    found = report(capsys, tiny_teacher, student, "--data", data, "--accuracy", "--max-new-tokens", "1", "--limit", "4")
+    kinds = [question["category"] for question in read_questions(data)]
+    spread = Counter(kinds[index * len(kinds) // 4] for index in range(4))
+    assert spread != Counter(kinds[:4])
+    scores = found["teacher"]["accuracy"]["by_category"]
+    assert {name: part["count"] for name, part in scores.items()} == spread
 
 
 def test_tables(tiny_teacher, student, data, capsys):

@@ -40,17 +40,19 @@ def test_files_and_the_stage_that_reads_them(small_project, checkpoint, tmp_path
     found = json.loads(capsys.readouterr().out)
     out = tmp_path / "work" / "attention_layers.json"
     assert json.loads(out.read_text()) == found
-    assert sorted(path.name for path in out.parent.iterdir()) == ["attention_layers.json", "attention_layers.png", "stage2"]
+    names = ["attention_layers.json", "attention_layers.png", "stage2"]
+    assert sorted(path.name for path in out.parent.iterdir()) == names
     assert Image.open(out.with_suffix(".png")).size[0] > 100
     (kept,) = found["attention_layers"]
     assert found["ranking"][str(kept)] == min(found["ranking"].values()) == found["greedy"][0]
-    assert (found["checkpoint"], found["data"]) == (str(checkpoint), load_config(str(small_project / "stage2.py")).eval_data)
-    argv = ["train", str(small_project / "stage3_linear.py"), "--cfg-options"]
-    assert run([*argv, f"model.attention_layers={out}", f"model.pretrained_pth={checkpoint}", "train_cfg.max_iters=1"]) == 0
+    data = load_config(str(small_project / "stage2.py")).eval_data
+    assert (found["checkpoint"], found["data"]) == (str(checkpoint), data)
+    options = [f"model.attention_layers={out}", f"model.pretrained_pth={checkpoint}", "train_cfg.max_iters=1"]
+    assert run(["train", str(small_project / "stage3_linear.py"), "--cfg-options", *options]) == 0
     meta = torch.load(tmp_path / "work" / "stage3_linear" / "iter_1.pth", weights_only=True)["meta"]
     words = meta["distill"]["layer_types"]
     assert [index for index, word in enumerate(words) if word == "full_attention"] == [kept]
-    # The start of stage 3 is the student that was measured, on the same samples or others.
+    # The start of stage 3 is the student that was measured.
     line = json.loads((tmp_path / "work" / "stage3_linear" / "held_out.jsonl").read_text().splitlines()[0])
     capsys.readouterr()
     assert select(small_project, checkpoint, "--keep", "1", "--limit", "5", "--json") == 0
@@ -71,7 +73,8 @@ def test_table_other_data_and_another_place(small_project, checkpoint, tmp_path,
 
 def test_stage_one_will_do_and_a_bf16_teacher_too(small_project, tmp_path):
     config = small_project / "stage1.py"
-    config.write_text(config.read_text().replace('dtype="float32"', 'dtype="bfloat16"') + 'model.update(trainable_dtype="float32")\n')
+    text = config.read_text().replace('dtype="float32"', 'dtype="bfloat16"')
+    config.write_text(text + 'model.update(trainable_dtype="float32")\n')
     checkpoint = write_checkpoint(config, tmp_path / "work" / "stage1" / "iter_5.pth")
     assert select(small_project, checkpoint, "--keep", "1", "--limit", "3") == 0
     assert (tmp_path / "work" / "attention_layers.json").is_file()

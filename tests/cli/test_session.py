@@ -1,8 +1,12 @@
 """A conversation that keeps the model's state between turns."""
 
+import copy
+import dataclasses
+
 import pytest
 import torch
 from PIL import Image
+from tokenizers.pre_tokenizers import Metaspace
 
 from xtuner_ext.cli.session import ChatSession
 from xtuner_ext.data.templates import get_template
@@ -135,3 +139,19 @@ def test_interrupted_answer_leaves_an_empty_usable_session(digits_processor, tin
         session.ask("More?", streamer=Interrupt(), **generation)
     assert session.ids.shape == (1, 0)
     assert ask_all(session, TURNS, generation) == expected
+
+
+def test_a_later_question_is_read_as_in_the_whole_conversation(digits_processor, tiny_model, generation):
+    processor = copy.deepcopy(digits_processor)
+    # As SentencePiece: a space in front of the start of a text, and of that alone.
+    processor.tokenizer.backend_tokenizer.pre_tokenizer = Metaspace(replacement="Ġ", prepend_scheme="first")
+    template = dataclasses.replace(get_template("vicuna_v1"), suffix="<|im_end|>", stop_words=("<|im_end|>",))
+    session = ChatSession(tiny_model(), processor, template, system="Be brief.")
+    session.ask("What is 3 plus 4?", **generation)
+    before = session.ids.shape[1]
+    session.ask("What is 3 plus 5?", **generation)
+    whole = processor.tokenizer("<|im_end|>" + template.prompt("What is 3 plus 5?", first=False)).input_ids
+    end = whole.index(session.stops[-1])
+    question = whole[end + 1 :]
+    assert session.ids[0, before - 1] in session.stops
+    assert session.ids[0, before : before + len(question)].tolist() == question

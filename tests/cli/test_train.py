@@ -174,6 +174,30 @@ def test_deepspeed_is_asked_for_by_name(toy, monkeypatch, capsys):
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "text, message",
+    [('{"zero_optimization": {"stage": 3}}', "ZeRO-3"), ("not json", "not a DeepSpeed configuration")],
+    ids=["ZeRO-3", "text"],
+)
+def test_deepspeed_configurations_that_cannot_work_are_refused(toy, monkeypatch, tmp_path, text, message, capsys):
+    util = SimpleNamespace(find_spec=lambda name: object())
+    monkeypatch.setattr(train, "importlib", SimpleNamespace(util=util))
+    (tmp_path / "zero.json").write_text(text)
+    assert main.run(["train", "toy.py", "--deepspeed", str(tmp_path / "zero.json")]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("share, message", [(1.0, "--resume gone.pth does not exist"), (0.1, "paramwise_cfg")])
+def test_deepspeed_refuses_rates_that_it_would_drop(toy, monkeypatch, share, message, capsys):
+    util = SimpleNamespace(find_spec=lambda name: object())
+    monkeypatch.setattr(train, "importlib", SimpleNamespace(util=util))
+    path = toy / "toy.py"
+    path.write_text(path.read_text() + f'optim_wrapper["paramwise_cfg"] = dict(rest_lr_mult={share})\n')
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert main.run(["train", "toy.py", "--deepspeed", "deepspeed_zero2", "--resume", "gone.pth"]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_only_the_first_process_prepares_the_data(toy, monkeypatch):
     config = load_config("toy.py", ["prepare_data.size=5"])
     monkeypatch.setattr(train, "PREPARE_TIMEOUT", 0.1)

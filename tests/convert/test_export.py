@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from xtuner_ext.convert import load_teacher
 from xtuner_ext.convert.export import export_student, logits_difference
+from xtuner_ext.convert.teacher import load_processor
 from xtuner_ext.distill import DistillModel
 from xtuner_ext.errors import UserError
 
@@ -69,3 +70,11 @@ def test_a_missing_weight_is_named(trained, tmp_path):
     with pytest.raises(UserError, match="does not hold model.layers.1.mixer.A_log"):
         export_student(trained.student_config, state, "digits-teacher", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_every_end_that_the_teacher_names_is_kept(trained, tmp_path):
+    trained.student_config.eos_token_id = [2, 9]
+    export(trained, tmp_path / "out")
+    tokenizer = load_processor(tmp_path / "out").tokenizer
+    found = GenerationConfig.from_pretrained(tmp_path / "out")
+    assert found.eos_token_id == sorted({2, 9, tokenizer.eos_token_id}) and found.pad_token_id == tokenizer.pad_token_id

@@ -310,3 +310,10 @@ def test_unsupported_variant_is_named(checkpoint, field, value):
     folder, _, _ = checkpoint()
     edit_config(folder, **{f"embedding_config__{field}": value})
     assert f"embedding_config.{field} is {value!r}, only " in message_of(folder)
+
+
+@pytest.mark.parametrize("half", ["llm", "embedding"])
+def test_unknown_rotary_scaling_is_named(checkpoint, half):
+    folder, _, _ = checkpoint()
+    edit_config(folder, **{f"{half}_config__rope_scaling": {"type": "su", "factor": 2.0}})
+    assert "rotary scaling 'su' is not supported" in message_of(folder)

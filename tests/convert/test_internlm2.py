@@ -72,3 +72,11 @@ def test_a_bias_is_refused_also_as_the_default(tmp_path):
     for bias in ({"bias": True}, {}):
         with pytest.raises(UserError, match="bias is not false"):
             internlm2.model_config({**{key: value for key, value in llm.items() if key != "bias"}, **bias})
+
+
+def test_head_counts_that_do_not_fit_the_weights_are_named(tmp_path):
+    write(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_key_value_heads": 4}))
+    with pytest.raises(UserError, match="wqkv has shape .* and 4 key/value heads"):
+        load_teacher(tmp_path)

@@ -67,6 +67,29 @@ def test_keys_that_say_nothing_unusual_are_fine(tmp_path, raw):
     assert set(family.model_config(raw).layer_types) == {"full_attention"}
 
 
+INTERNVL2 = {"model_type": "internvl_chat", "llm_config": {}, "vision_config": {}}
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        [],
+        {"model_type": "internlm2", "bias": False, "hidden_size": "2048"},
+        {"model_type": "internlm2", "bias": False, "num_attention_heads": None},
+        {"model_type": "internlm2", "bias": False, "rope_scaling": "dynamic"},
+        {**INTERNVL2, "vision_config": "large"},
+        {"model_type": "internvl_chat", "embedding_config": {}, "llm_config": None},
+        {"model_type": "llava", "text_config": {}, "vision_config": {"hidden_size": "wide"}},
+        {"model_type": "hybrid_vl", "hidden_size": "wide"},
+    ],
+)
+def test_fields_of_the_wrong_kind_end_in_one_sentence(tmp_path, raw):
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(UserError) as error:
+        load_teacher(tmp_path)
+    assert str(error.value).startswith(str(tmp_path / "config.json")) and "\n" not in str(error.value)
+
+
 def test_only_a_gguf_file_names_the_verb(tmp_path, capsys):
     (tmp_path / "model.gguf").write_bytes(b"")
     command = f"unpack it first: xtuner-ext convert gguf_to_hf {tmp_path / 'model.gguf'} DIR"

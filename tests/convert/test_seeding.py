@@ -201,3 +201,14 @@ def test_a_sink_starts_as_the_first_token_and_the_window_with_nearly_all_weight(
     assert torch.equal(mamba.sink_key, first[0]) and torch.equal(mamba.sink_value, first[1])
     share = torch.sigmoid(mamba.share_proj(torch.randn(5, WIDTH)))
     torch.testing.assert_close(share, torch.full((5, HEADS), 0.9526), rtol=0, atol=1e-3)
+
+
+def test_first_token_states_need_no_flash_attention(write_text_model, tmp_path):
+    """A teacher for a GPU is seeded while it is still on the CPU."""
+    write_text_model(tmp_path, "llama")
+    model = load_teacher(tmp_path)
+    expected = first_token_states(model, 3)
+    model.config._attn_implementation = "flash_attention_2"
+    for ours, theirs in zip(first_token_states(model, 3), expected):
+        assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+    assert model.config._attn_implementation == "flash_attention_2"

@@ -89,6 +89,16 @@ def test_answer_that_would_merge_with_the_prompt_is_trained_exactly():
     assert ids[: len(prompt)].tolist() == prompt
 
 
+def test_later_turns_are_tokenized_as_in_the_whole_conversation():
+    tokenizer = small_bpe("USER: one ASSISTANT: two", bos_token="<s>", eos_token="</s>")
+    # As SentencePiece: a space in front of the start of a text, and of that alone.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="Ġ", prepend_scheme="first")
+    template, turns = get_template("vicuna_v1"), [("one", "two"), ("two", "one"), ("one", "one")]
+    ids, labels = encode_conversation(tokenizer, template, turns, system="Be brief.")
+    assert ids.tolist() == tokenizer(render(template, turns, "Be brief.")).input_ids
+    assert [tokenizer.decode(span) for span in trained_spans(labels)] == [" two</s>", " one</s>", " one</s>"]
+
+
 @pytest.mark.parametrize(
     ("post_processor", "lead"), [(None, []), ("<s> $A", [0]), ("<s> $A </s>", [0]), ("$A </s>", [])]
 )
@@ -109,7 +119,7 @@ def test_answer_that_was_cut_off_gets_no_end(tokenizer, name):
     assert ids.tolist() + end == whole.tolist() and cut.tolist() + end == labels.tolist()
     # Only the last answer can have been cut off.
     spans = [tokenizer.decode(span) for span in trained_spans(cut)]
-    assert spans == ["yes" + template.suffix, "top left" + template.suffix, "17"]
+    assert spans == [template.answer(answer, ended=number < 2) for number, (_, answer) in enumerate(TURNS)]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from xtuner_ext.distill.losses import alignment_error, chunked_divergence, density_weights, logit_divergence
+from xtuner_ext.distill.losses import alignment_error, chunked_divergence, logit_divergence
 
 
 def test_alignment_error_is_the_mean_over_real_tokens_only():
@@ -21,32 +21,6 @@ def test_normalised_alignment_error_does_not_depend_on_the_target_scale():
     small = alignment_error(prediction, target, normalise=True)
     assert torch.isclose(small, alignment_error(prediction * 100, target * 100, normalise=True))
     assert torch.isclose(alignment_error(torch.zeros_like(target), target, normalise=True), torch.tensor(1.0))
-
-
-@pytest.mark.parametrize("strength", [0.25, 1.0])
-def test_density_weights_are_one_on_average_over_a_rows_image_tokens_and_one_elsewhere(strength):
-    embeds = torch.randn(3, 9, 16, generator=torch.Generator().manual_seed(0))
-    image = torch.zeros(3, 9, dtype=torch.bool)
-    image[0, 2:8], image[1, :3] = True, True
-    weights = density_weights(embeds, image, strength)
-    assert (weights[~image] == 1).all() and (weights >= 0).all()
-    for row in (0, 1):
-        assert torch.isclose(weights[row][image[row]].mean(), torch.tensor(1.0), atol=1e-5)
-        directions = F.normalize(embeds[row][image[row]], dim=-1)
-        apart = 1 - directions @ directions.mean(0)
-        expected = 1 + strength * (apart / apart.mean() - 1)
-        assert torch.allclose(weights[row][image[row]], expected, atol=1e-3)
-
-
-def test_patches_that_are_alike_weigh_the_same_and_the_odd_one_most():
-    patch = torch.randn(16, generator=torch.Generator().manual_seed(0))
-    embeds, image = patch.expand(1, 8, 16).clone(), torch.ones(1, 8, dtype=torch.bool)
-    assert torch.allclose(density_weights(embeds, image, 1.0), torch.ones(1, 8), atol=1e-2)
-    embeds[0, 5] = -patch
-    weights = density_weights(embeds, image, 1.0)
-    others = torch.cat([weights[0, :5], weights[0, 6:]])
-    assert weights.argmax() == 5 and torch.allclose(others, others[0].expand(7), atol=1e-5)
-    assert (density_weights(embeds, image, 0.0) == 1).all()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -81,20 +55,38 @@ def test_chunked_divergence_equals_full_logits_with_every_gradient(direction, ch
     hidden, head = torch.randn(10, 8, requires_grad=True), torch.randn(13, 8, requires_grad=True)
     target, target_head = torch.randn(10, 8), torch.randn(13, 8)
     total, agreed = chunked_divergence(hidden, head, target, target_head, direction, 1.5, chunk_rows)
-    gradients = torch.autograd.grad(total, (hidden, head))
+    gradients = torch.autograd.grad(3 * total, (hidden, head))
     full = logit_divergence(hidden @ head.T, target @ target_head.T, direction, 1.5).sum()
-    for name, ours, theirs in zip(("hidden", "head"), gradients, torch.autograd.grad(full, (hidden, head))):
+    for name, ours, theirs in zip(("hidden", "head"), gradients, torch.autograd.grad(3 * full, (hidden, head))):
         assert torch.allclose(ours, theirs, atol=1e-5), name
     assert torch.isclose(total, full)
     assert agreed == ((hidden @ head.T).argmax(-1) == (target @ target_head.T).argmax(-1)).sum()
 
 
-def test_density_is_that_of_the_sample_in_a_packed_row():
-    embeds = torch.randn(1, 12, 16, generator=torch.Generator().manual_seed(0))
-    image = torch.tensor([[1, 1, 1, 0, 0, 0, 1, 1, 1, 1, 0, 0]]).bool()
-    segments = torch.tensor([[7, 7, 7, 7, 3, 3, 7, 7, 7, 7, 7, -1]])
-    packed = density_weights(embeds, image, 1.0, segments)
-    for part in (slice(0, 4), slice(4, 6), slice(6, 11), slice(11, 12)):
-        alone = density_weights(embeds[:, part], image[:, part], 1.0)
-        assert torch.allclose(packed[:, part], alone, atol=1e-6)
-    assert not torch.allclose(packed, density_weights(embeds, image, 1.0), atol=1e-2)
+def test_a_tied_head_gets_the_gradient_of_both_its_uses():
+    torch.manual_seed(0)
+    words, target, target_head = torch.randn(13, 8, requires_grad=True), torch.randn(5, 8), torch.randn(13, 8)
+    hidden = words[[1, 4, 4, 0, 12]].tanh()
+    ours = torch.autograd.grad(chunked_divergence(hidden, words, target, target_head)[0], words, retain_graph=True)
+    full = logit_divergence(hidden @ words.T, target @ target_head.T).sum()
+    torch.testing.assert_close(ours, torch.autograd.grad(full, words))
+
+
+def test_a_batch_without_supervised_rows_gives_zero_and_zero_gradients():
+    hidden, head = torch.zeros(0, 8, requires_grad=True), torch.randn(13, 8, requires_grad=True)
+    total, agreed = chunked_divergence(hidden, head, torch.zeros(0, 8), torch.randn(13, 8))
+    gradients = torch.autograd.grad(total, (hidden, head))
+    assert total == 0 and agreed == 0 and gradients[0].shape == (0, 8) and not gradients[1].any()
+
+
+def test_under_autocast_gradients_come_back_in_the_weights_precision_and_equal_traced_ones():
+    torch.manual_seed(0)
+    hidden, head = torch.randn(10, 32, requires_grad=True), torch.randn(50, 32, requires_grad=True)
+    target, target_head = torch.randn(10, 32), torch.randn(50, 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        total, _ = chunked_divergence(hidden, head, target, target_head, chunk_rows=4)
+        full = logit_divergence(hidden @ head.T, target @ target_head.T).sum()
+    assert torch.isclose(total, full, rtol=1e-3)
+    for ours, theirs in zip(torch.autograd.grad(total, (hidden, head)), torch.autograd.grad(full, (hidden, head))):
+        assert ours.dtype == theirs.dtype == torch.float32
+        assert (ours - theirs).norm() < 0.01 * theirs.norm()

@@ -14,7 +14,7 @@ from xtuner_ext.finetune import SupervisedModel
 WINDOWED = dict(qk_norm="l2", use_rope=True, window=4, sink=True, chunk_size=16)
 MODELS = {
     "stage1": dict(stage=1),
-    "stage1-windowed": dict(stage=1, mixer=WINDOWED, alignment=dict(scale=1.0, normalise=True, density=0.5)),
+    "stage1-windowed": dict(stage=1, mixer=WINDOWED, alignment=dict(scale=1.0, normalise=True)),
     "stage2": dict(stage=2, mixer=WINDOWED),
     "stage2-projections": dict(stage=2, trainable="projections", alignment=dict(after_projection=True)),
     "stage3-mixers": dict(stage=3, mixer=WINDOWED),

@@ -11,6 +11,21 @@ ROOT = Path(__file__).resolve().parents[2]
 DIST = str(ROOT / "tools" / "dist.sh")
 SMALL = ("prepare_data.train=96", "prepare_data.test=24", "train_dataloader.batch_size=4")
 
+# Opens a script that has no xtuner_ext to import; run it with XTUNER_EXT=0.
+WITHOUT_PACKAGE = """
+import sys, importlib.abc
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "xtuner_ext":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Refuse())
+import torch
+# A CPU torch beside the registry's torchvision lacks these; that is no matter of the export.
+library = torch.library.Library("torchvision", "FRAGMENT")
+for name in ("nms", "qnms"):
+    library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+"""
+
 
 def environment(**extra):
     """The tests' own interpreter first on PATH, one thread per process."""

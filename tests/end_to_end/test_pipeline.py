@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import DIST, SMALL, environment, run
+from .conftest import DIST, SMALL, WITHOUT_PACKAGE, environment, run
 
 SCRIPTS = Path(sys.executable).parent
 
@@ -90,18 +90,7 @@ def test_stock_convert_and_chat_work_and_report_wrong_paths(pipeline):
 
 def test_an_export_loads_without_this_package(pipeline):
     folder, _ = pipeline
-    script = """
-import sys, importlib.abc
-class Refuse(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "xtuner_ext":
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Refuse())
-import torch
-# A CPU torch beside the registry's torchvision lacks these; that is no matter of the export.
-library = torch.library.Library("torchvision", "FRAGMENT")
-for name in ("nms", "qnms"):
-    library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    script = WITHOUT_PACKAGE + """
 from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor
 folder = sys.argv[1]
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)

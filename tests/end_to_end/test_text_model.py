@@ -16,7 +16,7 @@ from xtuner_ext.data.dataset import ConversationDataset
 from xtuner_ext.distill import DistillModel
 from xtuner_ext.distill.optim import TrainableParameters
 
-from .conftest import run
+from .conftest import WITHOUT_PACKAGE, run
 
 
 @pytest.fixture(scope="module")
@@ -134,18 +134,7 @@ def test_bf16_export_keeps_the_tie(teacher, tmp_path):
     assert shares_its_head(type(written).from_pretrained(tmp_path / "out"))
 
 
-SCRIPT = """
-import sys, importlib.abc
-class Refuse(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "xtuner_ext":
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Refuse())
-import torch
-# A CPU torch beside the registry's torchvision lacks these; that is no matter of the export.
-library = torch.library.Library("torchvision", "FRAGMENT")
-for name in ("nms", "qnms"):
-    library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+SCRIPT = WITHOUT_PACKAGE + """
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 folder, ids, logits = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()

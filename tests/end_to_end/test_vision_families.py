@@ -18,7 +18,7 @@ from xtuner_ext.data.dataset import ConversationDataset
 from xtuner_ext.distill import DistillModel
 from xtuner_ext.modeling import HybridVLForCausalLM
 
-from .conftest import run
+from .conftest import WITHOUT_PACKAGE, run
 
 WRITERS = {"llava": write_llava, "llava of its authors": write_original_llava, "internvl2": write_internvl2}
 MIXERS = dict(mixer=dict(qk_norm="l2", gate_bias=True), seeding=dict(A_log=0.0, dt_spacing="log", gate="open"))
@@ -140,18 +140,7 @@ def test_the_student_has_its_teachers_processor(teacher, student):
 
 
 def test_the_student_loads_without_this_package(student, tmp_path):
-    script = """
-import sys, importlib.abc
-class Refuse(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "xtuner_ext":
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Refuse())
-import torch
-# A CPU torch beside the registry's torchvision lacks these; that is no matter of the export.
-library = torch.library.Library("torchvision", "FRAGMENT")
-for name in ("nms", "qnms"):
-    library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    script = WITHOUT_PACKAGE + """
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoProcessor
 folder = sys.argv[1]

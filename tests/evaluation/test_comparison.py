@@ -75,3 +75,24 @@ def test_a_blind_model_is_not_compared_with_a_seeing_one(teacher):
     other.vision = None
     with pytest.raises(UserError, match="DIR does not"):
         check_comparable(teacher.config, other, "DIR")
+
+
+def test_samples_taken_for_those_that_are_too_long_count_in_their_own_category(teacher, dataset):
+    lengths = [len(dataset[i]["input_ids"]) for i in range(len(dataset))]
+    dataset.max_length = sorted(lengths)[len(lengths) // 2]
+    fitting = [i for i, length in enumerate(lengths) if length <= dataset.max_length]
+    taken = [next((i for i in fitting if i >= wanted), fitting[0]) for wanted in range(len(lengths))]
+    expected = {}
+    for index in taken:
+        tokens = int((dataset[index]["labels"][1:] != -100).sum())
+        category = dataset.record(index).category
+        expected[category] = expected.get(category, 0) + tokens
+    assert max(lengths) > dataset.max_length and taken != list(range(len(lengths)))
+    found = compare(teacher, teacher, dataset)
+    assert {name: part["tokens"] for name, part in found["by_category"].items()} == expected
+
+
+def test_a_student_in_another_precision_is_measured_in_the_teachers(teacher, tiny_model, dataset):
+    student = tiny_model(*LINEAR).to(torch.bfloat16).eval()
+    expected = compare(teacher, copy.deepcopy(student).float(), dataset, limit=4)
+    assert compare(teacher, student, dataset, limit=4) == expected

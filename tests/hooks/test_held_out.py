@@ -10,10 +10,12 @@ import torch
 from xtuner_ext.cli.loading import load_model
 from xtuner_ext.cli.main import run
 from xtuner_ext.data.dataset import ConversationDataset
+from xtuner_ext.distill.autocast import Bfloat16OptimWrapper
 from xtuner_ext.distill.stages import read_checkpoint
 from xtuner_ext.errors import UserError
 from xtuner_ext.evaluation.comparison import compare
 from xtuner_ext.hooks import HeldOutHook
+from xtuner_ext.hooks.held_out import _precision
 
 MEASURES = ("kl", "agreement", "perplexity", "teacher_perplexity")
 # Stage 3 from nothing, once with one set of weights and once with a teacher besides.
@@ -116,3 +118,15 @@ def test_missing_data_ends_the_run_before_it_begins(small_project, tmp_path, cap
     argv = ["train", str(small_project / "stage1.py"), "--work-dir", str(tmp_path / "run")]
     assert run([*argv, "--cfg-options", "custom_hooks.0.meta=gone.json"]) == 2
     assert "meta file gone.json does not exist" in capsys.readouterr().err
+
+
+def test_deepspeeds_wrapper_brings_no_precision_of_its_own():
+    from mmengine._strategy.deepspeed import DeepSpeedOptimWrapper
+
+    model = torch.nn.Linear(2, 2)
+    with _precision(DeepSpeedOptimWrapper(torch.optim.SGD(model.parameters(), lr=1.0)), model):
+        assert model(torch.zeros(1, 2)).dtype == torch.float32
+    wrapper = Bfloat16OptimWrapper(torch.optim.SGD(model.parameters(), lr=1.0))
+    wrapper.initialize_count_status(model, 0, 1)
+    with _precision(wrapper, model):
+        assert model(torch.zeros(1, 2)).dtype == torch.bfloat16

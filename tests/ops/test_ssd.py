@@ -305,3 +305,12 @@ def test_kernels_skip_tokens_with_minus_infinity_in_dt(backend):
     for value, expected in ((y, exact), (state, end)):
         assert (value.double() - expected).norm() / expected.norm() < 0.02
     assert torch.autograd.grad(state.sum(), arguments["dt"])[0].isfinite().all()
+
+
+def test_b_and_c_of_higher_precision_are_brought_to_that_of_x():
+    """As norms and fp32 angles leave them under mixed precision."""
+    arguments = {key: value.detach() for key, value in make_inputs(20).items()}
+    arguments["x"] = arguments["x"].to(torch.bfloat16)
+    rounded = {**arguments, "B": arguments["B"].to(torch.bfloat16), "C": arguments["C"].to(torch.bfloat16)}
+    found = ssd(**arguments, backend="torch")
+    assert found.dtype == torch.bfloat16 and torch.equal(found, ssd(**rounded, backend="torch"))

@@ -88,3 +88,24 @@ def test_gradients_equal_those_of_the_softmax_written_out():
     found = torch.autograd.grad((window_attention(*tensors, window=4, **more)[0] * weight).sum(), [*tensors, *more["sink"]])
     for ours, theirs in zip(found, wanted):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("with_sink", [False, True], ids=["no sink", "sink"])
+def test_padding_on_either_side_is_seen_by_no_real_token(with_sink):
+    q, k, v = inputs(17)
+    mask = torch.ones(B, 17, dtype=torch.bool)
+    mask[0, :3], mask[1, -4:] = False, False
+    more = sink_of(17, 5) if with_sink else {}
+    if with_sink:
+        more["beyond"] = torch.stack([torch.arange(17) - 3, torch.arange(17)]) >= 5
+    output, _ = window_attention(q, k, v, window=5, token_mask=mask, **more)
+    torch.testing.assert_close(output[mask], written_out(q, k, v, 5, token_mask=mask, **more)[mask])
+
+
+def test_a_sink_begins_again_in_every_packed_sample():
+    q, k, v = inputs(13)
+    ids = torch.tensor([[0] * 4 + [1] * 9, [3] * 11 + [1] * 2])
+    positions = torch.tensor([[*range(4), *range(9)], [*range(11), *range(2)]])
+    more = dict(sink=sink_of(13, 5)["sink"], beyond=positions >= 5)
+    output, _ = window_attention(q, k, v, window=5, segment_ids=ids, **more)
+    torch.testing.assert_close(output, written_out(q, k, v, 5, segment_ids=ids, **more))

@@ -18,7 +18,7 @@ def parse_args(argv):
     parser.add_argument("models", nargs="+", metavar="DIR", help="the teacher, then one or more students")
     parser.add_argument("--data", required=True, help="meta JSON of the samples")
     parser.add_argument("--prompt-template", help="conversation template (default: the teacher's own)")
-    parser.add_argument("--limit", type=int, help="samples, spread over the data (default: all)")
+    parser.add_argument("--limit", type=int, help="samples, and questions, spread over the data (default: all)")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=8192, help="longest sample in tokens")
     parser.add_argument("--accuracy", action="store_true", help="also answer the questions and score exact matches")
@@ -82,7 +82,9 @@ def compare_folders(args):
     dataset = ConversationDataset(args.data, processor, template_name, max_length=args.max_length)
 
     def accuracy(name, model):
-        questions = read_questions(args.data, args.limit)
+        questions = read_questions(args.data)
+        count = min(args.limit or len(questions), len(questions))
+        questions = [questions[index * len(questions) // count] for index in range(count)]
         with progress(f"answer {name}", len(questions)) as advance:
             rows = answer(model, processor, template, questions, args.batch_size, args.max_new_tokens, advance)
         return score_rows(rows)

@@ -197,9 +197,3 @@ def _bytes(count):
         if count < 1024 or unit == "GiB":
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
-
-
-if __name__ == "__main__":
-    from xtuner_ext.cli.main import run
-
-    sys.exit(run(["inspect", *sys.argv[1:]]))

@@ -64,9 +64,7 @@ def main(argv):
             selection = base / Path(layers).name
             options.append(f"model.attention_layers={selection}")
             configs[stage].model.attention_layers = str(selection)
-            if not selection.is_file():
-                say(f"{stage}: choosing layers -> {selection}")
-                select_layers(path, args.cfg_options, base / "stage2", selection)
+            choose_layers(path, args.cfg_options, base / "stage2", selection)
         if finished(base / stage, configs[stage].train_cfg.max_iters):
             say(f"{stage}: done before")
             continue
@@ -148,8 +146,8 @@ def finished(work_dir, max_iters):
     return name == f"iter_{max_iters}.pth" and (work_dir / name).exists()
 
 
-def select_layers(path, options, work_dir, out):
-    """Choose the layers that keep attention, as a config's ``layer_selection`` asks.
+def choose_layers(path, options, work_dir, out):
+    """Choose the layers that keep attention, as a config's ``layer_selection`` asks, unless that was done.
 
     Args:
         path (Path): Config with ``layer_selection``, keyword arguments of :func:`select_for_config`.
@@ -162,6 +160,9 @@ def select_layers(path, options, work_dir, out):
 
     config = load_config(str(path), options)
     checkpoint = find_previous_checkpoint(out, work_dir.name)
+    if out.is_file() and out.stat().st_mtime >= os.stat(checkpoint).st_mtime:
+        return
+    say(f"choosing layers -> {out}")
     select_for_config(config, checkpoint, out=str(out), **config.layer_selection)
 
 

@@ -76,6 +76,8 @@ def select_for_config(config, checkpoint, keep, out, data=None, limit=64, batch_
     from ..distill.layer_selection import LayerProbe, probe_count, select_layers
     from .progress import progress
 
+    if Path(out).suffix != ".json":
+        raise UserError(f"--out is {out}, expected a name that ends in .json: the picture goes beside it as .png")
     if limit < 1 or batch_size < 1:
         raise UserError(f"--limit is {limit} and --batch-size {batch_size}, expected at least 1")
     data = data or config.get("eval_data")

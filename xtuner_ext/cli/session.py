@@ -22,7 +22,7 @@ class ChatSession:
         self.system = system
         tokenizer = processor.tokenizer
         extra = {tokenizer.convert_tokens_to_ids(word) for word in stop_words} - {None, tokenizer.unk_token_id}
-        self.stops = sorted({*stop_token_ids(tokenizer, template), *extra})
+        self.stops = sorted({*stop_token_ids(tokenizer, template, model.config), *extra})
         self.reset()
 
     def reset(self):
@@ -49,8 +49,11 @@ class ChatSession:
             text = "<image>\n" * len(images) + text
         first = self.ids.shape[1] == 0
         prompt = self.template.prompt(text, first=first, system=self.system)
-        new = self.processor(prompt, images=list(images), add_special_tokens=first)
-        ids = torch.cat([self.ids, new["input_ids"]], dim=1)
+        # Read behind the end of the turn before, as in training; that end is there already.
+        before = "" if first else self.template.suffix
+        seen = len(self.processor.tokenizer(before, add_special_tokens=False).input_ids) if before else 0
+        new = self.processor(before + prompt, images=list(images), add_special_tokens=first)
+        ids = torch.cat([self.ids, new["input_ids"][:, seen:]], dim=1)
         pixels = new.get("pixel_values")
         try:
             output = self.model.generate(

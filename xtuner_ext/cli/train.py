@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import json
 import os
 import sys
 import time
@@ -51,7 +52,6 @@ def main(argv):
     """
     autoload.install()
     args = parse_args(argv)
-    keep_freed_memory()
     check_versions()
     config_path = find_config(args.config)
     config = load_config(config_path, args.cfg_options)
@@ -153,16 +153,17 @@ def run_stock_train(arguments):
     Args:
         arguments (list[str]): The command line as the stock tool reads it.
     """
+    import torch
     from xtuner.tools.train import main as stock_main
 
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     saved, sys.argv = sys.argv, ["xtuner-ext train", *arguments]
     try:
         stock_main()
     finally:
         sys.argv = saved
     # Only after success: with another process gone, leaving the group in good order could wait for ever.
-    import torch
-
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         # Together: gloo aborts a process whose peer has already gone.
         torch.distributed.barrier()
@@ -180,6 +181,16 @@ def _check_deepspeed(name):
     if not os.path.isfile(name) and name not in cfgs_name_path:
         known = ", ".join(sorted(key for key in cfgs_name_path if key.startswith("deepspeed_")))
         raise UserError(f"--deepspeed {name} is neither a file nor one of {known}")
+    path = Path(name if os.path.isfile(name) else cfgs_name_path[name])
+    try:
+        zero = json.loads(path.read_text(encoding="utf-8")).get("zero_optimization", {}).get("stage", 0)
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise UserError(f"--deepspeed {path} is not a DeepSpeed configuration in JSON: {error}") from error
+    if zero == 3:
+        raise UserError(
+            f"--deepspeed {name} is ZeRO-3, which keeps a part of every weight on each process; teacher and student "
+            f"share whole weights here: take deepspeed_zero2"
+        )
 
 
 def _wait_for(path, timeout):

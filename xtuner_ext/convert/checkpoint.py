@@ -64,12 +64,34 @@ def read_json(path):
         dict: Its content.
 
     Raises:
-        UserError: When it is broken.
+        UserError: When it is broken or holds no object.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a JSON {type(content).__name__}, expected an object")
+    return content
+
+
+def find_dtype(name, key="dtype"):
+    """Look a floating-point type up.
+
+    Args:
+        name (str): Such as ``"bfloat16"``.
+        key (str): Names the setting in the message.
+
+    Returns:
+        torch.dtype: The type.
+
+    Raises:
+        UserError: For another word.
+    """
+    dtype = getattr(torch, str(name), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UserError(f"{key} is {name!r}, expected 'float32', 'bfloat16' or another floating-point type of torch")
+    return dtype
 
 
 def weight_files(folder):
@@ -148,10 +170,10 @@ def _read_pickle(path, structure_only):
 
 
 def _weight_map(index):
-    try:
-        return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{index} is no index of weight files: {error}") from error
+    files = read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+        raise UserError(f"{index} is no index of weight files: its weight_map does not name a file for each tensor")
+    return files
 
 
 def _refuse_gguf(folder):

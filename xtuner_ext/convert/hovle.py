@@ -8,6 +8,7 @@ parameters, but the map carries them under ``unread.`` so that a checkpoint can 
 from ..errors import UserError
 from ..modeling.configuration import HybridVLConfig
 from .internlm2 import LAYER_KEYS, PACKED_KEY, PROJECTIONS, merge_wqkv, split_wqkv
+from .llama import check_variant
 from .vision_language import tiling
 
 NAME = "HoVLE"
@@ -68,6 +69,8 @@ def model_config(raw, where="config.json"):
     width, heads = need("llm_config", "hidden_size", llm), need("llm_config", "num_attention_heads", llm)
     embedding_layers = need("embedding_config", "num_hidden_layers", embedding)
     rope, embedding_rope = _rope(llm, "llm_config", need), _rope(embedding, "embedding_config", need)
+    for part in (rope, embedding_rope):
+        check_variant(part["rope_parameters"]["rope_type"], llm.get("hidden_act", "silu"), where)
     overrides = {key: value for key, value in embedding_rope.items() if rope[key] != value}
     return HybridVLConfig(
         architectures=["HybridVLForCausalLM"],

@@ -148,7 +148,17 @@ def split_wqkv(config, weight):
 
     Returns:
         tuple[Tensor, Tensor, Tensor]: q (H*P, D), k (G*P, D) and v (G*P, D).
+
+    Raises:
+        UserError: When the head counts do not give its rows.
     """
+    expected = ((config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim, config.hidden_size)
+    if tuple(weight.shape) != expected:
+        raise UserError(
+            f"a packed projection wqkv has shape {tuple(weight.shape)}, expected {expected} from config.json's "
+            f"{config.num_attention_heads} heads of width {config.head_dim} and {config.num_key_value_heads} "
+            "key/value heads"
+        )
     width, per_group = weight.shape[1], config.num_attention_heads // config.num_key_value_heads
     groups = weight.view(config.num_key_value_heads, per_group + 2, config.head_dim, width)
     return (

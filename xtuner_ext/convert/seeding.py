@@ -38,6 +38,8 @@ class Seeding:
     gate: str = "xavier"
 
     def __post_init__(self):
+        if not 0 < self.dt_min <= self.dt_max:
+            raise UserError(f"seeding.dt_min is {self.dt_min} and dt_max {self.dt_max}, expected 0 < dt_min <= dt_max")
         for name, value, words in (("dt_spacing", self.dt_spacing, ("random", "log")), ("gate", self.gate, ("xavier", "open"))):
             if value not in words:
                 raise UserError(f"seeding.{name} is {value!r}, expected one of {words}")
@@ -121,8 +123,11 @@ def first_token_states(model, token_id):
     Returns:
         list[tuple[Tensor, Tensor]]: Key, with its position applied, and value (G, P) of each layer.
     """
-    cache = HybridCache(model.config)
+    cache, chosen = HybridCache(model.config), model.config._attn_implementation
+    # The model is still on the CPU, where flash attention does not run.
+    model.config._attn_implementation = "sdpa"
     model.model(torch.tensor([[token_id]], device=model.device), past_key_values=cache)
+    model.config._attn_implementation = chosen
     return [(layer.keys[0, :, 0], layer.values[0, :, 0]) for layer in cache.layers]
 
 

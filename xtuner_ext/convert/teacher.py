@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AddedToken, AutoTokenizer
 from transformers.utils import logging
 
@@ -12,7 +13,7 @@ from ..errors import UserError
 from ..modeling import HybridVLConfig, HybridVLForCausalLM
 from ..modeling.processing import HybridVLProcessor
 from . import hovle, internlm2, internvl2, llama, llava, qwen2
-from .checkpoint import read_config_json, read_state
+from .checkpoint import find_dtype, read_config_json, read_state
 from .llama import EMBEDDING, HEAD
 from .refusals import refuse_unsupported
 
@@ -53,7 +54,7 @@ def read_model_config(folder):
         the model's configuration.
 
     Raises:
-        UserError: For a folder that no map covers, or an architecture that its map does not.
+        UserError: For a folder that no map covers, an architecture that its map does not, or broken fields.
     """
     where = Path(folder) / "config.json"
     raw = read_config_json(folder)
@@ -62,6 +63,8 @@ def read_model_config(folder):
         return family, HybridVLConfig.from_dict(raw) if family is None else family.model_config(raw, where)
     except ValueError as error:
         raise UserError(f"{where}: {error}") from error
+    except (StrictDataclassError, AttributeError, KeyError, TypeError, ZeroDivisionError) as error:
+        raise UserError(f"{where} has a field of the wrong kind: {' '.join(str(error).split())}") from error
 
 
 def _family(raw, where):
@@ -92,11 +95,11 @@ def load_teacher(pretrained_model_name_or_path, dtype=None, attn_implementation=
         HybridVLForCausalLM: The teacher, in evaluation mode.
 
     Raises:
-        UserError: For an unsupported or incomplete folder.
+        UserError: For an unsupported or incomplete folder, or an unknown dtype.
     """
     folder = resolve_folder(pretrained_model_name_or_path)
     family, config = read_model_config(folder)
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    dtype = find_dtype(dtype, "dtype of the teacher") if isinstance(dtype, str) else dtype
     config._attn_implementation = _attention(dtype) if attn_implementation == "auto" else attn_implementation
     empty = _meta_context()
     with init_empty_weights():
@@ -193,8 +196,7 @@ def load_processor(pretrained_model_name_or_path, max_tiles=None, trust_remote_c
     family, config = read_model_config(folder)
     tokenizer = load_tokenizer(folder, trust_remote_code)
     if family is None:
-        processor = HybridVLProcessor.from_pretrained(folder)
-        processor.tokenizer = tokenizer
+        processor = HybridVLProcessor.from_pretrained(folder, tokenizer)
     else:
         settings = family.processor_settings(read_config_json(folder), folder / "config.json")
         processor = HybridVLProcessor(tokenizer, tokens_per_tile=config.tokens_per_tile, **settings)
@@ -225,7 +227,7 @@ def load_tokenizer(folder, trust_remote_code=False):
         trust_remote_code (bool): Run the folder's own tokenizer code.
 
     Returns:
-        PreTrainedTokenizerBase: Pads on the left.
+        PreTrainedTokenizerBase: Pads on the left; with the end of sequence where it has no token for that.
 
     Raises:
         UserError: When there is none that loads.
@@ -235,14 +237,18 @@ def load_tokenizer(folder, trust_remote_code=False):
     logging.set_verbosity_error()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # A broken tokenizer.json raises that very class, and a folder's own code anything.
         hint = "" if trust_remote_code else "; if it needs code of its own, allow that with trust_remote_code"
-        raise UserError(f"{folder} has no tokenizer that loads: {str(error).splitlines()[0]}{hint}") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{folder} has no tokenizer that loads: {reason}{hint}") from error
     finally:
         logging.set_verbosity(verbosity)
     if tokenizer.get_vocab().keys() <= tokenizer.get_added_vocab().keys():
         # Without files some classes load with no vocabulary at all.
         raise UserError(f"{folder} has no tokenizer that loads: its files are missing")
+    if tokenizer.pad_token is None:
+        # Llama 3 has none; padding is masked, so that any token will do that is special anyway.
+        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 

@@ -61,10 +61,15 @@ class ConversationDataset(Dataset):
         return self.sources[source][1][line]
 
     def __getitem__(self, index):
+        return self.sample(index)[0]
+
+    def sample(self, index):
+        """tuple[dict, Record]: A sample and the annotation behind it, the next ones' where it is too long."""
         for attempt in range(len(self)):
-            sample = self.encode((index + attempt) % len(self))
+            taken = (index + attempt) % len(self)
+            sample = self.encode(taken)
             if sample is not None:
-                return sample
+                return sample, self.record(taken)
         raise UserError(f"every sample is longer than max_length={self.max_length} tokens")
 
     def encode(self, index):

@@ -27,14 +27,32 @@ def encode_conversation(tokenizer, template, turns, system=None, ended=True):
     for number, (question, answer) in enumerate(turns):
         prompt = template.prompt(question, first=number == 0, system=system)
         answer = template.answer(answer, ended=ended or number < len(turns) - 1)
-        prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
-        turn_ids = tokenizer(prompt + answer, add_special_tokens=False).input_ids
+        before = template.suffix if number else ""
+        prompt_ids = ids_after(tokenizer, before, prompt)
+        turn_ids = ids_after(tokenizer, before, prompt + answer)
         if turn_ids[: len(prompt_ids)] != prompt_ids:
             # The answer merges with the prompt's end; generation starts from the prompt's own tokens.
             turn_ids = prompt_ids + tokenizer(answer, add_special_tokens=False).input_ids
         ids += turn_ids
         labels += [IGNORE_INDEX] * len(prompt_ids) + turn_ids[len(prompt_ids) :]
     return torch.tensor(ids), torch.tensor(labels)
+
+
+def ids_after(tokenizer, before, text):
+    """Tokenize a text that follows another.
+
+    SentencePiece puts a space in front of what it takes for the start of a text.
+
+    Args:
+        tokenizer (PreTrainedTokenizerBase): Tokenizer.
+        before (str): What precedes, such as the end of the turn before; nothing merges with it.
+        text (str): What is wanted.
+
+    Returns:
+        list[int]: Ids of ``text`` alone.
+    """
+    skipped = len(tokenizer(before, add_special_tokens=False).input_ids) if before else 0
+    return tokenizer(before + text, add_special_tokens=False).input_ids[skipped:]
 
 
 def next_token_rows(labels):

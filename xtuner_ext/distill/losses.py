@@ -8,12 +8,6 @@ import math
 import torch
 import torch.nn.functional as F
 
-from ..ops.ssd import number_segments
-
-# Cosine distance that counts as none.
-ALIKE = 1e-4
-
-
 def alignment_error(prediction, target, token_mask=None, normalise=False):
     """Mean squared error between two mixers' head outputs, over real tokens.
 
@@ -22,7 +16,7 @@ def alignment_error(prediction, target, token_mask=None, normalise=False):
     Args:
         prediction (Tensor): (B, L, H, P).
         target (Tensor): (B, L, H, P).
-        token_mask (Tensor, optional): Tokens that count, boolean (B, L), or how much they count.
+        token_mask (Tensor, optional): Boolean (B, L), tokens that count.
         normalise (bool): Divide by the target's mean square, so that layers of any scale weigh the same.
 
     Returns:
@@ -37,33 +31,6 @@ def alignment_error(prediction, target, token_mask=None, normalise=False):
         count = weight.sum().clamp(min=1)
         error, energy = (error * weight).sum() / count, (energy * weight).sum() / count
     return error / energy.clamp(min=1e-12) if normalise else error
-
-
-@torch.no_grad()
-def density_weights(embeds, image, strength, segment_ids=None):
-    """Weights that lean on the image tokens that differ most from the rest of their image (HEED, arXiv 2605.17093).
-
-    Args:
-        embeds (Tensor): Input vectors, (B, L, D).
-        image (Tensor): Boolean (B, L), image tokens.
-        strength (float): From 0, which weighs all alike, to 1, at which a token of twice the mean
-            dissimilarity weighs twice.
-        segment_ids (Tensor, optional): Integers (B, L) of packed rows.
-
-    Returns:
-        Tensor: (B, L), 1 on average over the image tokens of a sample and 1 elsewhere.
-    """
-    # m: samples of a row.
-    sample = torch.zeros_like(image, dtype=torch.long) if segment_ids is None else number_segments(segment_ids)
-    members = F.one_hot(sample).float() * image[..., None]
-    vectors = F.normalize(embeds.float(), dim=-1)
-    count = members.sum(1).clamp(min=1)
-    centre = torch.einsum("blm,bld->bmd", members, vectors) / count[..., None]
-    dissimilarity = 1 - (vectors * centre.take_along_dim(sample[..., None], dim=1)).sum(-1)
-    mean = (torch.einsum("blm,bl->bm", members, dissimilarity) / count).take_along_dim(sample, dim=1)
-    # Between patches that are all alike only rounding differs.
-    weights = 1 + strength * ((dissimilarity + ALIKE) / (mean + ALIKE) - 1)
-    return torch.where(image, weights.clamp(min=0), 1.0)
 
 
 def logit_divergence(student, teacher, direction="forward", temperature=1.0):

@@ -10,17 +10,19 @@ import torch
 from torch import nn
 from xtuner.registry import BUILDER
 
+from ..convert.checkpoint import find_dtype
 from ..convert.seeding import Seeding, first_token_states, seed_mixer
 from ..data.dataset import samples_config
 from ..data.masking import next_token_rows
 from ..errors import UserError
 from ..modeling import Mamba2Mixer, PairedMixer, layer_types_from_attention
 from ..modeling.configuration import MixerConfig, check_layer_types
+from ..modeling.mixers import FP32_PARAMETERS
 from ..ops.ssd import segment_starts
 from .base import HybridModel
 from .layer_selection import read_selection
 from .local_backward import local_backward
-from .losses import alignment_error, chunked_divergence, density_weights
+from .losses import alignment_error, chunked_divergence
 from .stages import describe, fingerprint, load_previous_stage
 
 TRAINABLE = {
@@ -34,7 +36,7 @@ TRAINABLE = {
 }
 SCOPES = ("new", "mixers", "projections", "all")
 # Options of the losses with their defaults, and the words that some of them take.
-ALIGNMENT = {"scale": 1000.0, "normalise": False, "after_projection": False, "density": 0.0}
+ALIGNMENT = {"scale": 1000.0, "normalise": False, "after_projection": False}
 DIVERGENCE = {"direction": "forward", "temperature": 1.0, "tokens": "answer", "reduction": "mean", "chunk_rows": 512}
 WORDS = {
     "direction": ("forward", "reverse", "js"),
@@ -58,12 +60,12 @@ class DistillModel(HybridModel):
             output projection) or ``all``; by default ``new`` in stage 1 and ``mixers`` after it. ``all`` is
             for stage 3 and loads a frozen teacher besides the student.
         alignment (dict, optional): Stages 1 and 2: ``scale`` and ``normalise`` of the layer loss, and
-            ``after_projection`` to compare what the output projection makes of the heads, and ``density``,
-            which weighs image tokens by how little they resemble their image's others.
+            ``after_projection`` to compare what the output projection makes of the heads.
         divergence (dict, optional): Stage 3: ``direction``, ``temperature``, ``tokens`` (``answer`` or
             ``all``), ``reduction`` (``mean`` over tokens or ``batchmean``) and ``chunk_rows``.
         trainable_dtype (str, optional): Such as ``"float32"``, for weights that train beside frozen bf16
-            ones under automatic mixed precision; the teacher's own when absent.
+            ones under automatic mixed precision; the teacher's own when absent. Decay rates and time-step
+            biases are fp32 in any case.
         pretrained_pth (str, optional): Checkpoint of the stage before.
         seed (int): Seed of new weights.
         data_preprocessor (dict, optional): MMEngine's.
@@ -97,8 +99,9 @@ class DistillModel(HybridModel):
             raise UserError(f"model.trainable is {trainable!r}, expected one of {SCOPES}, 'all' only in stage 3")
         self.alignment = _options("alignment", ALIGNMENT, alignment)
         self.divergence = _options("divergence", DIVERGENCE, divergence)
-        if not 0 <= self.alignment["density"] <= 1:
-            raise UserError(f"model.alignment.density is {self.alignment['density']}, expected 0 to 1")
+        for key in ("temperature", "chunk_rows"):
+            if not self.divergence[key] > 0:
+                raise UserError(f"model.divergence.{key} is {self.divergence[key]}, expected more than 0")
         if stage < 3 and self.trainable == "projections" and not self.alignment["after_projection"]:
             raise UserError("model.trainable 'projections' needs alignment.after_projection=True before stage 3")
         self.teacher_fingerprint = fingerprint(self.llm)
@@ -108,9 +111,10 @@ class DistillModel(HybridModel):
         self._pair(Seeding.from_dict(seeding or {}), seed)
         self._freeze()
         if trainable_dtype is not None:
-            for parameter in self.parameters():
-                if parameter.requires_grad:
-                    parameter.data = parameter.data.to(getattr(torch, trainable_dtype))
+            dtype = find_dtype(trainable_dtype, "model.trainable_dtype")
+            for name, parameter in self.named_parameters():
+                if parameter.requires_grad and name.rpartition(".")[2] not in FP32_PARAMETERS:
+                    parameter.data = parameter.data.to(dtype)
         if pretrained_pth is not None and not self.llm.lm_head.weight.is_meta:
             load_previous_stage(self, pretrained_pth)
 
@@ -162,6 +166,8 @@ class DistillModel(HybridModel):
         trained = None
         if not self.llm.lm_head.weight.is_meta:
             self._activate("linear_attention")
+            # Flash attention takes neither fp32 nor a CPU.
+            self.llm.config._attn_implementation = "sdpa"
             trained = self.llm.float().eval()
         export_student(
             self.student_config,
@@ -183,6 +189,8 @@ class DistillModel(HybridModel):
             if layer_types is None:
                 if isinstance(attention_layers, str):
                     attention_layers = read_selection(attention_layers)
+                if not isinstance(attention_layers, (list, tuple, type(None))):
+                    raise UserError(f"model.attention_layers is {attention_layers!r}, expected a list such as [0,4]")
                 layer_types = layer_types_from_attention(list(attention_layers or []), count)
             check_layer_types(layer_types, count)
         except ValueError as error:
@@ -235,9 +243,6 @@ class DistillModel(HybridModel):
         if self.llm.config.vision is not None:
             image = (input_ids == self.llm.config.image_token_id) & real
             kinds = {"image": image, "text": real & ~image}
-        weights = mask
-        if self.alignment["density"] and "image" in kinds:
-            weights = real * density_weights(embeds, image, self.alignment["density"], inputs["segment_ids"])
         errors, measures, hidden = [], {}, embeds
         split = {kind: [] for kind in kinds}
         for index, layer in enumerate(decoder.layers):
@@ -253,7 +258,7 @@ class DistillModel(HybridModel):
                     prediction = pair.mamba(normed, **layer_inputs)[:, :, None]
                 else:
                     prediction = pair.mamba.head_outputs(normed, **layer_inputs)
-                error = alignment_error(prediction, target, weights, normalise)
+                error = alignment_error(prediction, target, mask, normalise)
                 prediction = prediction.detach()
                 return error, {k: alignment_error(prediction, target, part, normalise) for k, part in kinds.items()}
 

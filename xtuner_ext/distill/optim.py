@@ -18,13 +18,13 @@ class TrainableParameters:
     Args:
         optim_wrapper_cfg (dict): Type, optimizer and options of the wrapper.
         paramwise_cfg (dict, optional): ``no_decay``, a list of name parts without weight decay (by default
-            biases and decay rates), and ``rest_lr_mult``, the learning rate of weights outside the mixers
+            biases, decay rates and sinks), and ``rest_lr_mult``, the learning rate of weights outside the mixers
             relative to the mixers'.
     """
 
     def __init__(self, optim_wrapper_cfg, paramwise_cfg=None):
         self.optim_wrapper_cfg = dict(optim_wrapper_cfg)
-        options = {"no_decay": ["bias", "A_log", ".D"], "rest_lr_mult": 1.0, **(paramwise_cfg or {})}
+        options = {"no_decay": ["bias", "A_log", ".D", "sink_"], "rest_lr_mult": 1.0, **(paramwise_cfg or {})}
         if unknown := sorted(set(options) - {"no_decay", "rest_lr_mult"}):
             raise UserError(f"unknown optim_wrapper.paramwise_cfg key {unknown[0]!r}, expected no_decay or rest_lr_mult")
         self.no_decay, self.rest_lr_mult = tuple(options["no_decay"]), options["rest_lr_mult"]

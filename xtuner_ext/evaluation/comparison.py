@@ -1,7 +1,6 @@
 """A teacher and its students side by side on annotated samples."""
 
 import torch
-from torch.utils.data import Subset
 
 from ..data.collate import conversation_collate
 from ..data.masking import next_token_rows
@@ -34,7 +33,7 @@ def compare(teacher, student, dataset, batch_size=8, limit=None, on_batch=None):
 
     Args:
         teacher (HybridVLForCausalLM): In evaluation mode.
-        student (HybridVLForCausalLM): In evaluation mode, on the same device.
+        student (HybridVLForCausalLM): In evaluation mode, on the same device; brought to the teacher's precision.
         dataset (ConversationDataset): Held-out samples.
         batch_size (int): Samples per forward pass.
         limit (int, optional): Samples, spread evenly over the dataset.
@@ -47,12 +46,11 @@ def compare(teacher, student, dataset, batch_size=8, limit=None, on_batch=None):
     """
     count = len(dataset) if limit is None else min(limit, len(dataset))
     chosen = [index * len(dataset) // count for index in range(count)]
-    categories = [dataset.record(index).category for index in chosen]
-    samples = Subset(dataset, chosen)
+    student.to(teacher.dtype)
     total, by_category, errors = Tally(), {}, _AlignmentErrors()
     aligned = _same_layers(teacher.config, student.config)
     for start in range(0, count, batch_size):
-        batch = [samples[i] for i in range(start, min(start + batch_size, count))]
+        batch, records = zip(*(dataset.sample(index) for index in chosen[start : start + batch_size]))
         data = {key: value.to(teacher.device) for key, value in conversation_collate(batch)["data"].items()}
         labels = data.pop("labels")
         inputs = {"attention_mask": data["attention_mask"]}
@@ -63,13 +61,13 @@ def compare(teacher, student, dataset, batch_size=8, limit=None, on_batch=None):
         rows = next_token_rows(labels)
         targets = labels.roll(-1, 1)[rows]
         owner = torch.arange(len(batch), device=labels.device)[:, None].expand_as(labels)[rows]
-        for position, category in enumerate(categories[start : start + len(batch)]):
+        for position, record in enumerate(records):
             mine = owner == position
             tally = tally_rows(
                 hidden[rows][mine], student.lm_head.weight, target[rows][mine], teacher.lm_head.weight, targets[mine]
             )
             total.add(tally)
-            by_category.setdefault(category, Tally()).add(tally)
+            by_category.setdefault(record.category, Tally()).add(tally)
         if aligned:
             errors.add(teacher, student, data["input_ids"], embeds, inputs)
         if on_batch is not None:

@@ -50,9 +50,16 @@ def read_questions(meta, limit=None):
     return questions
 
 
-def stop_token_ids(tokenizer, template):
-    """list[int]: The ids that end an answer: end of sequence and, with a template, its stop words."""
-    ids = {tokenizer.eos_token_id} - {None}
+def stop_token_ids(tokenizer, template, config=None):
+    """list[int]: The ids that end an answer: end of sequence and, with a template, its stop words.
+
+    A model's configuration may name further ones, as Llama 3's does.
+    """
+    ids = {tokenizer.eos_token_id}
+    if config is not None:
+        ends = config.eos_token_id
+        ids.update(ends if isinstance(ends, (list, tuple)) else [ends])
+    ids -= {None}
     for word in (*template.stop_words, template.suffix) if template else ():
         found = tokenizer.convert_tokens_to_ids(word) if word else None
         if found is not None and found != tokenizer.unk_token_id:
@@ -76,7 +83,7 @@ def answer(model, processor, template, questions, batch_size=32, max_new_tokens=
     Returns:
         list[dict]: Result rows in the order of the questions.
     """
-    stops = stop_token_ids(processor.tokenizer, template)
+    stops = stop_token_ids(processor.tokenizer, template, model.config)
     prompts = [render(template, question["turns"], question["system"]) for question in questions]
     # Questions of like length share a batch, which keeps padding short.
     order = sorted(range(len(questions)), key=lambda i: (len(questions[i]["images"]), len(prompts[i])))

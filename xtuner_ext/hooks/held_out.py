@@ -1,5 +1,6 @@
 """Measures on held-out samples while a student trains, by training token."""
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -23,8 +24,8 @@ TOKENS_SEEN = "tokens_seen"
 class HeldOutHook(Hook):
     """Compares student and teacher on held-out samples and appends the measures to ``held_out.jsonl``.
 
-    Each line holds ``iter``, ``tokens`` (trained on so far in this stage, padding not counted), ``seconds`` of
-    this run without the measuring itself, and the measures of
+    Each line holds ``iter``, ``tokens`` (trained on so far in this stage, padding not counted; of several processes
+    the first one's are taken for all), ``seconds`` of this run without the measuring itself, and the measures of
     :class:`~xtuner_ext.evaluation.fidelity.Tally`. The dataset is the training one with another meta file; samples are
     never packed here.
 
@@ -96,7 +97,7 @@ class HeldOutHook(Hook):
             data = {key: value.to(model.llm.device) for key, value in batch.items()}
             labels = data.pop("labels")
             rows = next_token_rows(labels)
-            with runner.optim_wrapper.optim_context(model):
+            with _precision(runner.optim_wrapper, model):
                 student, teacher = model.final_states(**data)
                 total.add(
                     tally_rows(
@@ -121,3 +122,9 @@ class HeldOutHook(Hook):
             f"perplexity {line['perplexity']:.2f} (teacher {line['teacher_perplexity']:.2f})",
             logger="current",
         )
+
+
+def _precision(optim_wrapper, model):
+    # DeepSpeed's wrapper has no such context: its models are cast.
+    context = getattr(optim_wrapper, "optim_context", None)
+    return contextlib.nullcontext() if context is None else context(model)

@@ -193,8 +193,8 @@ def layer_types_from_attention(attention_layers, num_layers):
         ValueError: For an index outside the model or named twice.
     """
     for index in attention_layers:
-        if not 0 <= index < num_layers:
-            raise ValueError(f"attention layer {index} is out of range, the model has layers 0 to {num_layers - 1}")
+        if not isinstance(index, int) or not 0 <= index < num_layers:
+            raise ValueError(f"attention layer {index!r} is out of range, the model has layers 0 to {num_layers - 1}")
     if len(set(attention_layers)) != len(attention_layers):
         raise ValueError(f"attention_layers names a layer twice: {sorted(attention_layers)}")
     return ["full_attention" if i in set(attention_layers) else "linear_attention" for i in range(num_layers)]

@@ -300,17 +300,20 @@ class HybridVLProcessor:
         cls._auto_class = auto_class
 
     @classmethod
-    def from_pretrained(cls, folder, **kwargs):
+    def from_pretrained(cls, folder, tokenizer=None, **kwargs):
         """Read what :meth:`save_pretrained` wrote.
 
         Args:
             folder (str): Local folder.
+            tokenizer (PreTrainedTokenizerBase, optional): Taken instead of the folder's own.
             **kwargs: Passed to ``AutoTokenizer.from_pretrained``.
         """
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(folder, **kwargs)
         with open(os.path.join(folder, cls.config_name), encoding="utf-8") as file:
             settings = json.load(file)
         known = {key: settings[key] for key in cls().settings if key in settings}
-        return cls(tokenizer=AutoTokenizer.from_pretrained(folder, **kwargs), **known)
+        return cls(tokenizer=tokenizer, **known)
 
 
 def to_rgb(image):

@@ -47,7 +47,7 @@ def ssd(
         x (Tensor): Inputs, (B, L, H, P).
         dt (Tensor): Time steps before bias and softplus, (B, L, H). ``-inf`` skips a token.
         A (Tensor): Negative decay rates in fp32, (H,).
-        B (Tensor): Input projections, (B, L, G, N) with G dividing H.
+        B (Tensor): Input projections, (B, L, G, N) with G dividing H; brought to x's dtype, as is C.
         C (Tensor): Output projections, (B, L, G', N) with G' dividing H.
         dt_bias (Tensor, optional): Added to ``dt`` before softplus, (H,).
         chunk_size (int): Tokens handled by one dense block, Q.
@@ -68,6 +68,8 @@ def ssd(
     _check_shapes(x, dt, A, B, C, dt_bias, segment_ids, initial_state)
     if segment_ids is not None:
         segment_ids = number_segments(segment_ids)
+    # Under mixed precision norms and fp32 angles promote them, and kernels multiply one dtype with itself.
+    B, C = B.to(x.dtype), C.to(x.dtype)
     kwargs = dict(
         dt_bias=dt_bias,
         chunk_size=chunk_size,

@@ -42,6 +42,7 @@ model = dict(
     seeding=reference_seeding,
     attention_layers=attention_layers,
     layer_types=None,  # one word per layer, instead of attention_layers
+    trainable="mixers",
     divergence=reference_divergence,
     trainable_dtype="float32",
     pretrained_pth=None,

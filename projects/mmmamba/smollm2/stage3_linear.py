@@ -23,7 +23,7 @@ model.update(
     attention_layers=attention_layers,
     layer_types=None,  # one word per layer, instead of attention_layers
     trainable="mixers",
-    divergence=dict(direction="forward", temperature=1.0, tokens="answer", reduction="mean"),
+    divergence=improved_divergence,
 )
 optim_wrapper["optimizer"].update(lr=lr)
 optim_wrapper["clip_grad"].update(max_norm=max_norm)

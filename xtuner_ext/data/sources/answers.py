@@ -62,7 +62,7 @@ def sample_answers(model, processor, template, prompts, max_new_tokens, seed, on
 
     tokenizer = processor.tokenizer
     template = fit_template(template, tokenizer)
-    stops = stop_token_ids(tokenizer, template)
+    stops = stop_token_ids(tokenizer, template, model.config)
     # Prompts of like length share a batch, which keeps padding short.
     order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), index))
     answers = [None] * len(prompts)

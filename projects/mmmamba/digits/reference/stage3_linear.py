@@ -13,3 +13,4 @@ model.update(
     mixer=reference_mixer, seeding=reference_seeding, trainable="mixers", divergence=reference_divergence
 )
 optim_wrapper["optimizer"].update(lr=5e-5, weight_decay=0.05)
+optim_wrapper["clip_grad"].update(max_norm=5.0)
