@@ -1,11 +1,16 @@
-"""The endless sampler: passes, ranks, resuming."""
+"""The endless samplers: passes, ranks, resuming."""
 
+import json
 from itertools import islice
 
+import numpy as np
 import pytest
 
 from xtuner_ext.data import samplers
-from xtuner_ext.data.samplers import ResumableInfiniteSampler
+from xtuner_ext.data.dataset import ConversationDataset
+from xtuner_ext.data.lengths import sample_lengths
+from xtuner_ext.data.samplers import LengthGroupedSampler, ResumableInfiniteSampler
+from xtuner_ext.errors import UserError
 
 DATA = range(10)
 
@@ -55,3 +60,66 @@ def test_ranks_share_the_passes(monkeypatch, size):
 
 def test_seed_is_agreed_when_absent():
     assert sorted(take(ResumableInfiniteSampler(DATA), 10)) == list(DATA)
+
+
+@pytest.fixture
+def texts(tmp_path, digits_processor):
+    """47 plain texts of many lengths, in no order."""
+    words = np.random.default_rng(0).permutation(47) + 1
+    (tmp_path / "d.jsonl").write_text("\n".join(json.dumps({"text": "7 " * int(count)}) for count in words))
+    (tmp_path / "d.json").write_text(json.dumps({"d": {"annotation": "d.jsonl"}}))
+    return ConversationDataset(tmp_path / "d.json", digits_processor, "internlm2_chat")
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_batches_of_like_lengths_hold_every_sample_once_a_pass(texts, world, monkeypatch):
+    ranks = []
+    for rank in range(world):
+        monkeypatch.setattr(samplers, "get_dist_info", lambda: (rank, world))
+        ranks.append(take(LengthGroupedSampler(texts, batch_size=4, batches=2, seed=0), 4 * 47))
+    together = [index for turn in zip(*ranks) for index in turn]
+    for start in range(0, len(together) - 46, 47):
+        assert sorted(together[start : start + 47]) == list(range(47))
+    lengths = sample_lengths(texts)
+    spreads = [np.ptp(lengths[together[i : i + 4 * world]]) for i in range(0, len(together), 4 * world)]
+    plain = take(ResumableInfiniteSampler(texts, seed=0), len(together))
+    mixed = [np.ptp(lengths[plain[i : i + 4 * world]]) for i in range(0, len(together), 4 * world)]
+    # Two batches are sorted into halves; only the batch between two passes stays mixed.
+    assert np.median(spreads) < 0.75 * np.median(mixed)
+
+
+def test_more_batches_make_batches_more_alike(texts):
+    lengths = sample_lengths(texts)
+
+    def spread(batches):
+        order = take(LengthGroupedSampler(texts, batch_size=4, batches=batches, seed=0), 44)
+        return np.mean([np.ptp(lengths[order[i : i + 4]]) for i in range(0, 44, 4)])
+
+    assert spread(1) > 2 * spread(3) > 2 * spread(11)
+
+
+@pytest.mark.parametrize("skipped", [1, 4, 46, 47, 95])
+def test_grouped_order_resumes_at_any_place(texts, skipped):
+    order = take(LengthGroupedSampler(texts, batch_size=4, seed=3), 150)
+    resumed = LengthGroupedSampler(texts, batch_size=4, seed=3)
+    resumed.skip(skipped)
+    assert take(resumed, 150 - skipped) == order[skipped:]
+    assert order[:47] != order[47:94]
+
+
+def test_long_and_short_batches_take_turns(texts):
+    lengths = sample_lengths(texts)
+    order = take(LengthGroupedSampler(texts, batch_size=4, seed=0), 44)
+    means = [lengths[order[i : i + 4]].mean() for i in range(0, 44, 4)]
+    assert means != sorted(means)
+
+
+def test_fewer_samples_than_a_batch_still_make_passes(texts):
+    order = take(LengthGroupedSampler(texts, batch_size=100, seed=0), 94)
+    assert sorted(order[:47]) == sorted(order[47:]) == list(range(47))
+
+
+@pytest.mark.parametrize("option", ["batch_size", "batches"])
+def test_grouping_by_nothing_is_named(texts, option):
+    with pytest.raises(UserError, match=f"LengthGroupedSampler.{option} is 0, expected at least 1"):
+        LengthGroupedSampler(texts, **{"batch_size": 4, option: 0})

@@ -122,6 +122,30 @@ LONG_ROPE = dict(
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("padding", [0, 5], ids=["in-a-sample", "apart"])
+def test_padding_of_a_packed_row_is_not_seen_and_sees_something(make_model, padding):
+    model, ids = make_model("hybrid"), make_ids(1, 10)
+    segments = torch.tensor([padding] * 3 + [0] * 7)[None]
+    mask = torch.tensor([0] * 3 + [1] * 7)[None]
+    logits = model(ids, attention_mask=mask, segment_ids=segments).logits
+    torch.testing.assert_close(logits[:, 3:], model(ids[:, 3:]).logits, **TOLERANCE)
+    context = model.model.layer_context(model.embed(ids), mask, segment_ids=segments)
+    seen = context["attention_mask"][0, 0]
+    assert seen.any(-1).all() and not seen[3:, :3].any()
+
+
+def test_no_loss_falls_on_the_first_token_of_a_packed_segment(make_model):
+    model, lengths = make_model("hybrid"), [6, 1, 9]
+    rows = [make_ids(1, length, seed) for seed, length in enumerate(lengths)]
+    segments = torch.arange(3).repeat_interleave(torch.tensor(lengths))[None]
+    ids = torch.cat(rows, dim=1)
+    labels = ids.clone()
+    packed = model(ids, labels=labels, segment_ids=segments).loss
+    alone = [model(row, labels=row).loss * (length - 1) for row, length in zip(rows, lengths) if length > 1]
+    assert torch.isclose(packed, sum(alone) / sum(length - 1 for length in lengths), rtol=1e-5)
+    assert torch.equal(labels, ids)
+
+
 def test_positions_restart_in_every_packed_segment(make_model):
     """Samples shorter than the limit of the rotary scaling stay below it, however long the row is."""
     model, rows = make_model("attention", **LONG_ROPE), [make_ids(1, 7, seed=seed) for seed in range(3)]

@@ -217,6 +217,7 @@ def score(config, base, students):
         dict: ``teacher`` and each student with ``accuracy``, ``parameters`` and ``cache_bytes``; students
         also with ``kept``, their share of the teacher's accuracy.
     """
+    from ..data.dataset import samples_config
     from .eval import evaluate_folder
 
     models = {"teacher": config.model.llm["pretrained_model_name_or_path"]}
@@ -226,7 +227,7 @@ def score(config, base, students):
         out = base / f"scores_{name}"
         found = earlier_scores(out / "metrics.json", model, config.eval_data)
         if found is None:
-            trust = bool(config.train_dataloader.dataset.processor.get("trust_remote_code"))
+            trust = bool(samples_config(config.train_dataloader.dataset).processor.get("trust_remote_code"))
             found = evaluate_folder(
                 model, config.eval_data, str(out), prompt_template=config.template, trust_remote_code=trust
             )

@@ -124,8 +124,9 @@ def _batches(config, data, limit, batch_size, device):
     from xtuner.registry import BUILDER
 
     from ..data.collate import conversation_collate
+    from ..data.dataset import samples_config
 
-    dataset = BUILDER.build({**config.train_dataloader.dataset, "meta": data})
+    dataset = BUILDER.build({**samples_config(config.train_dataloader.dataset), "meta": data})
     count = min(limit, len(dataset))
     chosen = [index * len(dataset) // count for index in range(count)]
     for start in range(0, count, batch_size):

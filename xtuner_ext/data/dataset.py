@@ -1,5 +1,6 @@
 """Conversations with images, and plain text, as training samples."""
 
+import contextlib
 import logging
 
 import numpy as np
@@ -27,6 +28,10 @@ class ConversationDataset(Dataset):
     Raises:
         UserError: For annotations that would be lost or misread in training, or a template that the
             tokenizer does not fit.
+
+    Attributes:
+        sources (list[tuple[MetaEntry, JsonlAnnotations]]): The meta file's datasets.
+        index (ndarray): Source and line of every sample, (N, 2).
     """
 
     def __init__(self, meta, processor, template, max_length=8192, seed=0):
@@ -43,16 +48,16 @@ class ConversationDataset(Dataset):
             self.sources.append((entry, annotations))
             lines = _repeat(len(annotations), entry.repeat_time, seed + number)
             index.append(np.stack([np.full_like(lines, number), lines], axis=1))
-        self._index = np.concatenate(index)
-        if not len(self._index):
+        self.index = np.concatenate(index)
+        if not len(self.index):
             raise UserError(f"meta file {meta} gives no sample, its repeat_time is too small")
 
     def __len__(self):
-        return len(self._index)
+        return len(self.index)
 
     def record(self, index):
         """Record: The checked annotation behind a sample."""
-        source, line = self._index[index]
+        source, line = self.index[index]
         return self.sources[source][1][line]
 
     def __getitem__(self, index):
@@ -62,29 +67,25 @@ class ConversationDataset(Dataset):
         """tuple[dict, Record]: A sample and the annotation behind it, the next ones' where it is too long."""
         for attempt in range(len(self)):
             taken = (index + attempt) % len(self)
-            sample = self._encode(taken)
+            sample = self.encode(taken)
             if sample is not None:
                 return sample, self.record(taken)
         raise UserError(f"every sample is longer than max_length={self.max_length} tokens")
 
-    def _encode(self, index):
-        entry = self.sources[self._index[index][0]][0]
+    def encode(self, index):
+        """Prepare a sample.
+
+        Args:
+            index (int): Below ``len(self)``.
+
+        Returns:
+            dict | None: ``input_ids`` and ``labels`` (L,), ``pixel_values`` (T, 3, S, S); None, and a line in the
+            log, for a sample longer than ``max_length``.
+        """
         record = self.record(index)
-        if record.images and not self.processor.tokens_per_tile:
-            raise UserError(f"{record.where}: names an image, but the model has no image front end")
-        limit = self.processor.tile_limit(len(record.images), entry.max_dynamic_patch)
+        limit = self._tile_limit(record, self.index[index][0])
         tiles = [self.processor.tiles(open_image(path, record.where), max_tiles=limit) for path in record.images]
-        counts, turns = iter([len(t) for t in tiles]), []
-        for question, answer in record.turns:
-            here = [next(counts) for _ in range(question.count("<image>"))]
-            turns.append((self.processor.expand(question, here), answer))
-        tokenizer = self.processor.tokenizer
-        if record.text is None:
-            input_ids, labels = encode_conversation(tokenizer, self.template, turns, record.system, record.ended)
-        elif record.ended and tokenizer.eos_token_id is None:
-            raise UserError(f"{record.where}: 'end' is true, but the tokenizer has no end-of-sequence token")
-        else:
-            input_ids, labels = encode_text(tokenizer, record.text, record.ended)
+        input_ids, labels = self._tokens(record, [len(t) for t in tiles])
         if len(input_ids) > self.max_length:
             message = f"{record.where}: {len(input_ids)} tokens, more than max_length={self.max_length}: skipped"
             print_log(message, logger="current", level=logging.WARNING)
@@ -92,6 +93,56 @@ class ConversationDataset(Dataset):
         size = self.processor.image_size
         pixels = torch.cat(tiles) if tiles else torch.zeros(0, 3, size, size)
         return {"input_ids": input_ids, "labels": labels, "pixel_values": pixels}
+
+    def count_tokens(self, source, line):
+        """Length of a sample, from the headers of its images.
+
+        Args:
+            source (int): Index into ``sources``.
+            line (int): Index into the source's annotations.
+
+        Returns:
+            int: L.
+        """
+        record = self.sources[source][1][line]
+        limit, tiles = self._tile_limit(record, source), 0
+        for path in record.images:
+            with _readable(path, record.where), Image.open(path) as image:
+                tiles += self.processor.tile_count(image, limit)
+        # Nothing merges with a visual token: one tile an image stands for all of them.
+        tokens = len(self._tokens(record, [1] * len(record.images))[0])
+        return tokens + self.processor.tokens_per_tile * (tiles - len(record.images))
+
+    def _tile_limit(self, record, source):
+        if record.images and not self.processor.tokens_per_tile:
+            raise UserError(f"{record.where}: names an image, but the model has no image front end")
+        return self.processor.tile_limit(len(record.images), self.sources[source][0].max_dynamic_patch)
+
+    def _tokens(self, record, tile_counts):
+        counts, turns = iter(tile_counts), []
+        for question, answer in record.turns:
+            here = [next(counts) for _ in range(question.count("<image>"))]
+            turns.append((self.processor.expand(question, here), answer))
+        tokenizer = self.processor.tokenizer
+        if record.text is None:
+            return encode_conversation(tokenizer, self.template, turns, record.system, record.ended)
+        if record.ended and tokenizer.eos_token_id is None:
+            raise UserError(f"{record.where}: 'end' is true, but the tokenizer has no end-of-sequence token")
+        return encode_text(tokenizer, record.text, record.ended)
+
+
+def samples_config(config):
+    """Find the dataset of single samples in a config.
+
+    Args:
+        config (dict): Of a dataset, perhaps one like ``PackedDataset`` that has another under ``dataset``.
+
+    Returns:
+        dict: The innermost dataset's config.
+    """
+    while "dataset" in config:
+        config = config["dataset"]
+    return config
 
 
 def open_image(path, where):
@@ -107,14 +158,20 @@ def open_image(path, where):
     Raises:
         UserError: When the file is missing or no image.
     """
-    try:
+    with _readable(path, where):
         image = Image.open(path)
         image.load()
+    return image
+
+
+@contextlib.contextmanager
+def _readable(path, where):
+    try:
+        yield
     except FileNotFoundError as error:
         raise UserError(f"{where}: image {path} does not exist") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{where}: {path} is not a readable image: {error}") from error
-    return image
 
 
 def _repeat(count, repeat_time, seed):

@@ -4,6 +4,9 @@ import torch
 from mmengine.dist import get_dist_info, sync_random_seed
 from torch.utils.data import Sampler
 
+from ..errors import UserError
+from .lengths import sample_lengths
+
 
 class ResumableInfiniteSampler(Sampler):
     """Shuffled passes over the dataset, one after another, without end.
@@ -50,3 +53,45 @@ class ResumableInfiniteSampler(Sampler):
             return list(range(self.size))
         generator = torch.Generator().manual_seed(self.seed + epoch)
         return torch.randperm(self.size, generator=generator).tolist()
+
+
+class LengthGroupedSampler(ResumableInfiniteSampler):
+    """Endless shuffled passes in which the samples of a batch are of like length, for those who do not pack.
+
+    Every pass is cut into random groups of ``batches`` batches; a group is sorted by length, and the batches of
+    all groups are shuffled. Where a pass does not end with a batch, the batch between two passes is mixed.
+
+    Args:
+        dataset (ConversationDataset): Samples.
+        batch_size (int): The dataloader's, samples a process.
+        batches (int): Batches among which samples are sorted; more make batches more alike and less random.
+        seed (int, optional): Agreed over the processes when absent.
+        cache_dir (str, optional): Folder that keeps the counted lengths, see
+            :func:`~xtuner_ext.data.lengths.sample_lengths`.
+
+    Raises:
+        UserError: For a number below 1, or a dataset that does not tell the lengths of its samples.
+    """
+
+    def __init__(self, dataset, batch_size, batches=50, seed=None, cache_dir=None):
+        super().__init__(dataset, seed=seed)
+        for name, value in (("batch_size", batch_size), ("batches", batches)):
+            if value < 1:
+                raise UserError(f"LengthGroupedSampler.{name} is {value}, expected at least 1")
+        # Processes take turns, so their batches of one step lie together.
+        self.step, self.batches = batch_size * self.world_size, batches
+        self.lengths = torch.from_numpy(sample_lengths(dataset, cache_dir))
+
+    def _order(self, epoch):
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        order = torch.randperm(self.size, generator=generator)
+        # The last step of the pass before still lacks these.
+        begin = min(self.size, -epoch * self.size % self.step)
+        whole = (self.size - begin) // self.step
+        head, middle, tail = order.split([begin, whole * self.step, self.size - begin - whole * self.step])
+        groups = middle.split(self.step * self.batches)
+        steps = [part[self.lengths[part].argsort(stable=True)].view(-1, self.step) for part in groups if len(part)]
+        if steps:
+            steps = torch.cat(steps)
+            middle = steps[torch.randperm(whole, generator=generator)].flatten()
+        return torch.cat([head, middle, tail]).tolist()

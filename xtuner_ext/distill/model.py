@@ -10,13 +10,15 @@ import torch
 from torch import nn
 from xtuner.registry import BUILDER
 
-from ..convert.seeding import Seeding, first_token_states, seed_mixer
 from ..convert.checkpoint import find_dtype
+from ..convert.seeding import Seeding, first_token_states, seed_mixer
+from ..data.dataset import samples_config
 from ..data.masking import next_token_rows
 from ..errors import UserError
 from ..modeling import Mamba2Mixer, PairedMixer, layer_types_from_attention
 from ..modeling.configuration import MixerConfig, check_layer_types
 from ..modeling.mixers import FP32_PARAMETERS
+from ..ops.ssd import segment_starts
 from .base import HybridModel
 from .layer_selection import read_selection
 from .local_backward import local_backward
@@ -160,7 +162,7 @@ class DistillModel(HybridModel):
         from ..convert.export import export_student
 
         kwargs = save_pretrained_kwargs or {}
-        processor = cfg.train_dataloader.dataset.processor
+        processor = samples_config(cfg.train_dataloader.dataset).processor
         trained = None
         if not self.llm.lm_head.weight.is_meta:
             self._activate("linear_attention")
@@ -287,7 +289,7 @@ class DistillModel(HybridModel):
             chunk_rows=options["chunk_rows"],
         )
         count = rows.sum().clamp(min=1)
-        loss = total / (count if options["reduction"] == "mean" else len(input_ids))
+        loss = total / (count if options["reduction"] == "mean" else _count_samples(input_ids, **inputs))
         return {"loss": loss, "kl_per_token": (total / count).detach(), "agreement": agreed / count}
 
     @property
@@ -331,6 +333,13 @@ class DistillModel(HybridModel):
         teacher = ["full_attention"] * len(self.student_config.layer_types)
         student = list(self.student_config.layer_types)
         self.llm.config.layer_types = teacher if word == "full_attention" else student
+
+
+def _count_samples(input_ids, attention_mask, segment_ids):
+    if segment_ids is None:
+        return len(input_ids)
+    starts = segment_starts(segment_ids)
+    return (starts if attention_mask is None else starts & attention_mask.bool()).sum()
 
 
 def _options(name, defaults, given):

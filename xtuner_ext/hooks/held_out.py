@@ -14,6 +14,7 @@ from xtuner.registry import BUILDER
 
 from ..compat import replace_file
 from ..data.collate import conversation_collate
+from ..data.dataset import samples_config
 from ..data.masking import next_token_rows
 from ..errors import UserError
 
@@ -25,7 +26,8 @@ class HeldOutHook(Hook):
 
     Each line holds ``iter``, ``tokens`` (trained on so far in this stage, padding not counted; of several processes
     the first one's are taken for all), ``seconds`` of this run without the measuring itself, and the measures of
-    :class:`~xtuner_ext.evaluation.fidelity.Tally`. The dataset is the training one with another meta file.
+    :class:`~xtuner_ext.evaluation.fidelity.Tally`. The dataset is the training one with another meta file; samples are
+    never packed here.
 
     Args:
         meta (str): Meta JSON of held-out samples.
@@ -49,7 +51,7 @@ class HeldOutHook(Hook):
 
     def before_train(self, runner):
         """Load the samples; measure the start, unless this is a resumed run."""
-        dataset = BUILDER.build({**runner.cfg.train_dataloader.dataset, "meta": self.meta})
+        dataset = BUILDER.build({**samples_config(runner.cfg.train_dataloader.dataset), "meta": self.meta})
         count = min(self.limit, len(dataset))
         chosen = [index * len(dataset) // count for index in range(count)]
         self.batches = [

@@ -11,7 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 
-from ..ops.ssd import number_segments
+from ..ops.ssd import number_segments, segment_starts
 from .cache import HybridCache
 from .configuration import HybridVLConfig
 from .mixers import FP32_PARAMETERS, MIXERS, Mamba2Mixer
@@ -143,15 +143,19 @@ class HybridDecoder(HybridVLPreTrainedModel):
             attention_mask = None if attention_mask.all() else attention_mask
         if position_ids is None:
             position_ids = _positions(inputs_embeds, attention_mask, segment_ids, seen)
-        packed = None
+        packed, key_mask = None, attention_mask
         if segment_ids is not None:
-            packed = _same_segment(number_segments(segment_ids))
+            groups = number_segments(segment_ids)
+            if attention_mask is not None:
+                # Padding sees padding, so that no token sees nothing, for which some kernels give NaN.
+                groups, key_mask = 2 * groups + attention_mask.long(), None
+            packed = _same_segment(groups)
         causal_mask = None
         if "full_attention" in self.config.layer_types:
             causal_mask = create_causal_mask(
                 config=self.config,
                 inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
+                attention_mask=key_mask,
                 past_key_values=cache,
                 position_ids=torch.arange(seen, seen + length, device=device)[None],
                 and_mask_function=packed,
@@ -327,6 +331,9 @@ class HybridVLForCausalLM(HybridVLPreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, -logits_to_keep:])
         loss = None
         if labels is not None:
+            if segment_ids is not None:
+                # No sample's last token foretells the next sample.
+                labels = labels.masked_fill(segment_starts(segment_ids), -100)
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
@@ -417,9 +424,7 @@ def _positions_from_mask(attention_mask):
 def _positions_from_segments(segment_ids):
     """Positions that restart at every segment, (B, L)."""
     index = torch.arange(segment_ids.shape[1], device=segment_ids.device).expand_as(segment_ids)
-    starts = torch.ones_like(segment_ids, dtype=torch.bool)
-    starts[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
-    return index - torch.where(starts, index, 0).cummax(dim=1).values
+    return index - torch.where(segment_starts(segment_ids), index, 0).cummax(dim=1).values
 
 
 def _same_segment(segment_ids):

@@ -9,7 +9,7 @@ import os
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from transformers import AutoTokenizer, BatchFeature
 
 IMAGE_PLACEHOLDER = "<image>"
@@ -49,6 +49,12 @@ def tile_grid(width, height, tile_size, min_tiles=1, max_tiles=12):
             # On a tie only an image with enough pixels earns the larger grid.
             best = (columns, rows)
     return best
+
+
+def count_tiles(width, height, tile_size, min_tiles=1, max_tiles=12, use_thumbnail=True):
+    """int: Tiles that :func:`split_tiles` cuts an image of this size into."""
+    columns, rows = tile_grid(width, height, tile_size, min_tiles, max_tiles)
+    return columns * rows + (use_thumbnail and columns * rows > 1)
 
 
 def split_tiles(image, tile_size, min_tiles=1, max_tiles=12, use_thumbnail=True):
@@ -186,6 +192,28 @@ class HybridVLProcessor:
             tiles = split_tiles(image, self.image_size, self.min_tiles, limit, self.use_thumbnail)
         pixels = np.stack([np.asarray(tile, dtype=np.float32) for tile in tiles]) / 255
         return torch.from_numpy((pixels - mean) / std).permute(0, 3, 1, 2).contiguous()
+
+    def tile_count(self, image, max_tiles=None):
+        """Count the tiles that :meth:`tiles` makes, without decoding the image where its header is enough.
+
+        Args:
+            image (PIL.Image.Image): Opened, not necessarily loaded.
+            max_tiles (int, optional): Overrides the processor's own limit.
+
+        Returns:
+            int: T.
+        """
+        if self.fit != "tiles":
+            return 1
+        limit = self.max_tiles if max_tiles is None else max_tiles
+        upright, turned = (
+            count_tiles(*size, self.image_size, self.min_tiles, limit, self.use_thumbnail)
+            for size in (image.size, image.size[::-1])
+        )
+        # Asked only where it matters: a PNG may tell its rotation after the pixels, which are then decoded.
+        if upright != turned and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8):
+            return turned
+        return upright
 
     def expand(self, text, tile_counts):
         """Replace every ``<image>`` by the tokens of its tiles.

@@ -117,8 +117,12 @@ def number_segments(segment_ids):
     Returns:
         Tensor: (B, L), int64.
     """
-    starts = segment_ids[:, 1:] != segment_ids[:, :-1]
-    return F.pad(starts.cumsum(-1), (1, 0))
+    return segment_starts(segment_ids).cumsum(-1) - 1
+
+
+def segment_starts(segment_ids):
+    """Tensor: Boolean (B, L), True at the first token of every segment of ``segment_ids`` (B, L)."""
+    return F.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0), value=True)
 
 
 def _check_shapes(x, dt, A, B, C, dt_bias, segment_ids, initial_state):

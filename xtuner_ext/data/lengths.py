@@ -1,0 +1,113 @@
+"""Lengths of samples in tokens, counted once; of images only the headers are read."""
+
+import dataclasses
+import hashlib
+import io
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import transformers
+from mmengine.dist import all_gather_object, broadcast_object_list, get_dist_info
+from mmengine.logging import print_log
+
+from ..compat import replace_file
+from ..errors import UserError
+
+UNKNOWN = -1
+
+
+def sample_lengths(dataset, cache_dir=None):
+    """Count the tokens of every sample.
+
+    The processes of a distributed run share the work, so all of them must call this together.
+
+    Args:
+        dataset (ConversationDataset): N samples.
+        cache_dir (str, optional): Folder that keeps the counts, one file an annotation file, named after all that
+            they depend on except the images: annotations, tokenizer, template and tiling. By default they are
+            counted again by every run.
+
+    Returns:
+        ndarray: (N,), int64.
+
+    Raises:
+        UserError: For a dataset of another kind, a sample that cannot be read, or a folder that cannot be
+            written.
+    """
+    if not hasattr(dataset, "count_tokens"):
+        found = type(dataset).__name__
+        raise UserError(f"{found} does not tell the lengths of its samples, expected a ConversationDataset")
+    lengths = np.empty(len(dataset), dtype=np.int64)
+    for source in range(len(dataset.sources)):
+        mine = dataset.index[:, 0] == source
+        lines = dataset.index[mine, 1]
+        lengths[mine] = _line_lengths(dataset, source, np.unique(lines), cache_dir)[lines]
+    return lengths
+
+
+def _line_lengths(dataset, source, wanted, cache_dir):
+    """Tokens by line, ``UNKNOWN`` where a line is not wanted and was never counted."""
+    annotations = dataset.sources[source][1]
+    rank, processes = get_dist_info()
+    path, known = None, [None]
+    if rank == 0:
+        if cache_dir is not None:
+            path = Path(cache_dir) / f"{_fingerprint(dataset, source)}.npy"
+        known = [_read(path, len(annotations))]
+    # Only the first process looks: another might see a file that the first one has just written.
+    broadcast_object_list(known)
+    lengths = known[0]
+    missing = wanted[lengths[wanted] == UNKNOWN]
+    if len(missing):
+        print_log(f"counting the tokens of {len(missing):,} samples of {annotations.path}", logger="current")
+        share = np.array([dataset.count_tokens(source, int(line)) for line in missing[rank::processes]], dtype=np.int64)
+        for other, counts in enumerate(all_gather_object(share)):
+            lengths[missing[other::processes]] = counts
+        if path is not None:
+            _write(path, lengths)
+    return lengths
+
+
+def _fingerprint(dataset, source):
+    entry, annotations = dataset.sources[source]
+    tokenizer = dataset.processor.tokenizer
+    if tokenizer.is_fast:
+        words = tokenizer.backend_tokenizer.to_str()
+    else:
+        words = [repr(tokenizer), sorted(tokenizer.get_vocab().items()), tokenizer("").input_ids]
+    settings = {
+        "root": str(entry.root.resolve()),
+        "max_dynamic_patch": entry.max_dynamic_patch,
+        "processor": dataset.processor.settings,
+        "template": dataclasses.asdict(dataset.template),
+        "tokenizer": words,
+        "transformers": transformers.__version__,
+    }
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    with open(annotations.path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:32]
+
+
+def _read(path, count):
+    if path is not None and path.is_file():
+        try:
+            lengths = np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            print_log(f"{path} is no file of lengths, counting again: {error}", logger="current", level=logging.WARNING)
+        else:
+            if lengths.shape == (count,) and lengths.dtype == np.int64:
+                return lengths
+    return np.full(count, UNKNOWN, dtype=np.int64)
+
+
+def _write(path, lengths):
+    content = io.BytesIO()
+    np.save(content, lengths)
+    try:
+        replace_file(path, content.getvalue())
+    except OSError as error:
+        raise UserError(f"cache_dir {path.parent} cannot be written: {error}") from error
