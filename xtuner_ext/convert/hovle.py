@@ -7,11 +7,12 @@ parameters, but the map carries them under ``unread.`` so that a checkpoint can 
 
 from ..errors import UserError
 from ..modeling.configuration import HybridVLConfig
-from .internlm2 import LAYER_KEYS, PACKED_KEY, PROJECTIONS, merge_wqkv, split_wqkv
+from . import internlm2
 from .llama import check_variant
 from .vision_language import tiling
 
 NAME = "HoVLE"
+EMBEDDING_LAYERS, LANGUAGE_LAYERS = "embedding_model.encoder.", "language_model.model.layers."
 
 FIXED_KEYS = {
     "embedding_model.vision_embeddings.class_embedding": "unread.class_embedding",
@@ -127,19 +128,9 @@ def to_model(config, state):
     Returns:
         dict[str, Tensor]: Our names; unread tensors under ``unread.``.
     """
-    renamed = {}
-    for key, tensor in state.items():
-        if key in FIXED_KEYS:
-            renamed[FIXED_KEYS[key]] = tensor
-            continue
-        prefix, suffix = _layer_prefix(config, key)
-        if suffix == PACKED_KEY:
-            renamed.update(zip((f"{prefix}.{name}" for name in PROJECTIONS), split_wqkv(config, tensor)))
-        elif suffix in LAYER_KEYS:
-            renamed[f"{prefix}.{LAYER_KEYS[suffix]}"] = tensor
-        else:
-            renamed[key] = tensor
-    return renamed
+    fixed = {FIXED_KEYS[key]: tensor for key, tensor in state.items() if key in FIXED_KEYS}
+    layers = {_stack_key(config, key): tensor for key, tensor in state.items() if key not in FIXED_KEYS}
+    return {**internlm2.to_model(config, layers), **fixed}
 
 
 def to_checkpoint(config, state):
@@ -152,21 +143,10 @@ def to_checkpoint(config, state):
     Returns:
         dict[str, Tensor]: HoVLE's names and packing.
     """
-    fixed = {ours: theirs for theirs, ours in FIXED_KEYS.items()}
-    layer = {ours: theirs for theirs, ours in LAYER_KEYS.items()}
-    renamed = {}
-    for key, tensor in state.items():
-        if key in fixed:
-            renamed[fixed[key]] = tensor
-            continue
-        _, _, index, suffix = key.split(".", 3)
-        prefix = _hovle_prefix(config, int(index))
-        if suffix == PROJECTIONS[0]:
-            parts = [state[f"model.layers.{index}.{name}"] for name in PROJECTIONS]
-            renamed[f"{prefix}.{PACKED_KEY}"] = merge_wqkv(config, *parts)
-        elif suffix in layer:
-            renamed[f"{prefix}.{layer[suffix]}"] = tensor
-    return renamed
+    theirs = {ours: key for key, ours in FIXED_KEYS.items()}
+    fixed = {theirs[key]: tensor for key, tensor in state.items() if key in theirs}
+    layers = internlm2.to_checkpoint(config, {key: tensor for key, tensor in state.items() if key not in theirs})
+    return {**{_half_key(config, key): tensor for key, tensor in layers.items()}, **fixed}
 
 
 def unread_shapes(config):
@@ -186,15 +166,18 @@ def _rope(fields, section, need):
     }
 
 
-def _layer_prefix(config, key):
-    for start, offset in (("embedding_model.encoder.", 0), ("language_model.model.layers.", config.num_embedding_layers)):
-        if key.startswith(start):
-            index, suffix = key[len(start) :].split(".", 1)
-            return f"model.layers.{int(index) + offset}", suffix
-    return None, key
+def _stack_key(config, key):
+    """Name of a layer's tensor with the layer's global index."""
+    for start, offset in ((EMBEDDING_LAYERS, 0), (LANGUAGE_LAYERS, config.num_embedding_layers)):
+        index, _, suffix = key.removeprefix(start).partition(".")
+        if key.startswith(start) and index.isdecimal():
+            return f"{internlm2.LAYERS}{int(index) + offset}.{suffix}"
+    return key
 
 
-def _hovle_prefix(config, index):
-    if index < config.num_embedding_layers:
-        return f"embedding_model.encoder.{index}"
-    return f"language_model.model.layers.{index - config.num_embedding_layers}"
+def _half_key(config, key):
+    """Inverse of :func:`_stack_key`."""
+    index, _, suffix = key.removeprefix(internlm2.LAYERS).partition(".")
+    if int(index) < config.num_embedding_layers:
+        return f"{EMBEDDING_LAYERS}{index}.{suffix}"
+    return f"{LANGUAGE_LAYERS}{int(index) - config.num_embedding_layers}.{suffix}"
