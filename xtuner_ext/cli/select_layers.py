@@ -17,7 +17,7 @@ def parse_args(argv):
         description="Put attention back layer by layer into a student of stage 2, measure the divergence from the "
         "teacher on held-out samples, and choose greedily. Nothing is trained.",
         epilog="example: xtuner-ext select-layers projects/mmmamba/digits/stage2.py "
-        "work_dirs/digits/stage2/iter_200.pth --keep 2",
+        "work_dirs/digits/stage2/iter_100.pth --keep 2",
     )
     parser.add_argument("config", help="config of the run, for teacher, mixer and data")
     parser.add_argument("checkpoint", help="checkpoint of stage 1 or 2")

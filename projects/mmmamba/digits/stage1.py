@@ -23,9 +23,9 @@ with read_base():
 work_dir = "work_dirs/digits/stage1"
 previous_stage = None
 
-max_iters = 200  # iterations
-warmup_iters = 20  # iterations
-decay_begin = 70  # iteration at which the learning rate starts to fall
+max_iters = 100  # iterations
+warmup_iters = 10  # iterations
+decay_begin = 35  # iteration at which the learning rate starts to fall
 lr = 4e-3  # peak
 weight_decay = 0.0
 max_norm = 5.0  # gradient clipping

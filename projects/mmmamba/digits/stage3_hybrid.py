@@ -1,6 +1,6 @@
 """Stage 3: match the teacher's answers with a student that keeps attention where it measures as most needed.
 
-$ xtuner-ext select-layers projects/mmmamba/digits/stage2.py work_dirs/digits/stage2/iter_200.pth --keep 2
+$ xtuner-ext select-layers projects/mmmamba/digits/stage2.py work_dirs/digits/stage2/iter_100.pth --keep 2
 $ bash tools/dist.sh train projects/mmmamba/digits/stage3_hybrid.py 1
 """
 

@@ -24,9 +24,9 @@ work_dir = "work_dirs/digits/stage3_linear"
 previous_stage = "stage2"  # its last checkpoint lies beside work_dir
 attention_layers = []  # layers that keep attention
 
-max_iters = 600  # iterations
-warmup_iters = 30  # iterations
-decay_begin = 200  # iteration at which the learning rate starts to fall
+max_iters = 300  # iterations
+warmup_iters = 15  # iterations
+decay_begin = 100  # iteration at which the learning rate starts to fall
 lr = 1.5e-3  # peak
 weight_decay = 0.0
 max_norm = 1.0  # gradient clipping
