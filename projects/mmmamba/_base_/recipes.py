@@ -1,8 +1,8 @@
 """The recipes, as values that stage configs pick from; all name the same fields, as updating a config merges them.
 
 ``reference`` is mmMamba's (arXiv 2502.13145 and its code); ``improved`` keeps the attention's rotary positions,
-starts the mixers as near-perfect memories with open gates, aligns what the output projection makes of them, weighs
-layers alike, and lets everything train on the answers in stage 3.
+starts the mixers as near-perfect memories, aligns what the output projection makes of them, weighs layers alike, and
+matches the answers in stage 3, where output projections train too.
 """
 
 reference_mixer = dict(
@@ -15,7 +15,7 @@ reference_divergence = dict(direction="forward", temperature=1.0, tokens="all", 
 improved_mixer = dict(
     conv_kernel=2, conv_activation="silu", qk_norm=None, use_rope=True, gate=True, gate_bias=True, window=0, sink=False
 )
-improved_seeding = dict(A_log=0.0, dt_spacing="log", dt_min=1e-3, dt_max=1e-1, gate="open")
+improved_seeding = dict(A_log=0.0, dt_spacing="log", dt_min=1e-3, dt_max=1e-1, gate="xavier")
 improved_alignment = dict(scale=1.0, normalise=True, after_projection=True)
 improved_divergence = dict(direction="forward", temperature=1.0, tokens="answer", reduction="mean")
 
@@ -23,5 +23,5 @@ improved_divergence = dict(direction="forward", temperature=1.0, tokens="answer"
 windowed_mixer = dict(
     conv_kernel=2, conv_activation="silu", qk_norm="l2", use_rope=True, gate=True, gate_bias=True, window=64, sink=True
 )
-windowed_seeding = dict(A_log=0.0, dt_spacing="log", dt_min=1e-3, dt_max=1e-1, gate="xavier")
+windowed_seeding = improved_seeding
 windowed_alignment = dict(scale=1.0, normalise=True, after_projection=False)

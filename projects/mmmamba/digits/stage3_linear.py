@@ -42,7 +42,7 @@ model = dict(
     seeding=improved_seeding,
     attention_layers=attention_layers,
     layer_types=None,  # one word per layer, instead of attention_layers
-    trainable="all",
+    trainable="projections",
     divergence=improved_divergence,
     pretrained_pth=None,
     seed=0,
@@ -59,7 +59,7 @@ model = dict(
 optim_wrapper = dict(
     type=OptimWrapper,
     constructor=TrainableParameters,
-    paramwise_cfg=dict(rest_lr_mult=1.0),  # learning rate outside the mixers, relative to theirs
+    paramwise_cfg=dict(rest_lr_mult=1.0),  # learning rate outside the mixers, as a share of theirs; with trainable="all"
     optimizer=dict(type=AdamW, lr=lr, betas=(0.9, 0.999), weight_decay=weight_decay),
     clip_grad=dict(max_norm=max_norm, error_if_nonfinite=True),
     accumulative_counts=1,

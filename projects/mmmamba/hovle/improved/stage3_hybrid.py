@@ -9,5 +9,4 @@ with read_base():
     from ..stage3_hybrid import *
 
 work_dir = "work_dirs/hovle_improved/stage3_hybrid"
-model.update(mixer=improved_mixer, seeding=improved_seeding, trainable="all", divergence=improved_divergence)
-optim_wrapper.update(paramwise_cfg=dict(rest_lr_mult=0.14))  # 7e-6 outside the mixers
+model.update(mixer=improved_mixer, seeding=improved_seeding, trainable="projections", divergence=improved_divergence)
