@@ -30,6 +30,7 @@ OWN_VERBS = {
     "inspect": ("inspect", "say what a model folder holds and what its students would be"),
     "pipeline": ("pipeline", "run every stage of a project, from data to scores"),
     "select-layers": ("select_layers", "measure which layers should keep attention"),
+    "cache-teacher": ("cache_teacher", "keep a teacher's likeliest next tokens for stage 3"),
     "convert pth_to_hf": ("convert", "turn a checkpoint into a Hugging Face folder"),
     "convert gguf_to_hf": ("convert", "unpack a GGUF file into a Hugging Face folder"),
     "convert merge": ("convert", "merge an adapter into its base model"),

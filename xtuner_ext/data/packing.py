@@ -99,6 +99,7 @@ class PackedDataset(Dataset):
             "labels": labels,
             "segment_ids": torch.arange(len(samples)).repeat_interleave(lengths),
             "pixel_values": torch.cat([sample["pixel_values"] for sample in samples]),
+            "keys": [key for sample in samples for key in sample["keys"]],
         }
 
     def _sample(self, index):
