@@ -193,7 +193,7 @@ def run_stock(verb, arguments):
     file = Path(importlib.util.find_spec("xtuner").origin).parent / STOCK_VERBS[verb][0]
     processes = _torchrun_arguments(arguments)
     if processes is None:
-        return _call([sys.executable, str(file), *arguments])
+        return _call([sys.executable, "-m", "xtuner_ext.cli.stock", str(file), *arguments])
     return _call([*processes, str(file), *arguments, "--launcher", "pytorch"])
 
 
