@@ -43,7 +43,7 @@ def main():
             results.setdefault((recipe, student), []).append(measures)
     print_table(results, args)
     if args.json:
-        print(json.dumps({"claims": claims(results)}))
+        print(json.dumps({"machine": machine(), "claims": claims(results)}))
 
 
 def run_recipe(args, recipe, seed, counts):

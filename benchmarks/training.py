@@ -1,5 +1,6 @@
 """Training runs of the benchmarks: real configs through the command line, each finished stage kept and reused."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -31,7 +32,7 @@ def schedule(iterations):
 
 
 def train(config, work_dir, iterations, options=None, seed=0):
-    """Run one stage, unless it was run before.
+    """Run one stage, unless it was run before with the same resolved config, from the same earlier stage.
 
     Args:
         config (str): Path below ``projects``, without suffix.
@@ -44,11 +45,29 @@ def train(config, work_dir, iterations, options=None, seed=0):
         SystemExit: When training fails, with its last words.
     """
     values = {**schedule(iterations), "model.seed": seed, "default_hooks.checkpoint.interval": iterations, **(options or {})}
-    note, wanted = work_dir / "options.json", json.dumps({"config": config, "seed": seed, **values}, sort_keys=True)
+    run_of = {"config": config, "seed": seed, **{key: str(value) for key, value in values.items()}}
+    note = work_dir / "options.json"
+    wanted = json.dumps({**run_of, "fingerprint": fingerprint(config, values, work_dir)}, sort_keys=True)
     if note.is_file() and note.read_text() == wanted and (work_dir / f"iter_{iterations}.pth").is_file():
         return
     run("train", project_file(config), "--work-dir", work_dir, "--seed", seed, "--cfg-options", *_pairs(values))
     note.write_text(wanted)
+
+
+def fingerprint(config, values, work_dir):
+    """str: Digest of a config with all that it inherits, after changes, and of what the stage before it was made from.
+
+    Args:
+        config (str): Path below ``projects``, without suffix.
+        values (dict): Config changes.
+        work_dir (Path): The stage's folder.
+    """
+    from xtuner_ext.cli.config_options import load_config
+
+    resolved = load_config(str(project_file(config)), _pairs(values))
+    before = work_dir.parent / str(resolved.get("previous_stage")) / "options.json"
+    earlier = before.read_text() if before.is_file() else ""
+    return hashlib.sha256((resolved.pretty_text + earlier).encode()).hexdigest()[:16]
 
 
 def select_layers(config, checkpoint, keep, out):

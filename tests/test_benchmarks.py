@@ -50,3 +50,56 @@ def test_the_first_failure_is_raised_and_what_has_not_begun_is_left_out():
     with ThreadPoolExecutor(1) as pool, pytest.raises(SystemExit, match="training 0 failed"):
         training.collect(pool, [pool.submit(train, number) for number in range(50)])
     assert len(begun) < 50
+
+
+BASE = """
+model = dict(lr=1.0, seed=0)
+train_cfg = dict(max_iters=1)
+param_scheduler = [dict(end=1), dict(begin=1, end=2)]
+default_hooks = dict(checkpoint=dict(interval=1))
+"""
+
+
+def test_a_finished_run_is_reused_only_for_the_same_resolved_recipe(monkeypatch, tmp_path):
+    """A run is known by all that its config inherits, and by the stage before it."""
+    projects, runs = tmp_path / "projects", []
+    projects.mkdir()
+    (projects / "_base_.py").write_text(BASE)
+    head = "from mmengine.config import read_base\n\nwith read_base():\n    from ._base_ import *\n\n"
+    (projects / "stage1.py").write_text(head + "previous_stage = None\n")
+    (projects / "stage2.py").write_text(head + 'previous_stage = "stage1"\n')
+
+    def run(verb, path, _, work_dir, *arguments):
+        runs.append(work_dir.name)
+        work_dir.mkdir(exist_ok=True)
+        (work_dir / "iter_30.pth").touch()
+
+    monkeypatch.setattr(training, "project_file", lambda config: projects / f"{config}.py")
+    monkeypatch.setattr(training, "run", run)
+
+    def train_both(first=None, second=None):
+        del runs[:]
+        training.train("stage1", tmp_path / "stage1", 30, first)
+        training.train("stage2", tmp_path / "stage2", 30, second)
+        return runs
+
+    assert train_both() == ["stage1", "stage2"]
+    assert train_both() == []
+    assert train_both(second={"model.lr": 2.0}) == ["stage2"]
+    assert train_both(second={"model.lr": 2.0}) == []
+    assert train_both(first={"model.lr": 3.0}, second={"model.lr": 2.0}) == ["stage1", "stage2"]
+    base = projects / "_base_.py"
+    base.write_text(base.read_text().replace("lr=1.0", "lr=0.5"))
+    assert train_both(first={"model.lr": 3.0}, second={"model.lr": 2.0}) == []
+    assert train_both(second={"model.lr": 2.0}) == ["stage1", "stage2"]
+
+
+def test_the_ablations_claim_compares_the_shipped_recipe_with_the_best_other_row():
+    rows = {name: [{"kl": 0.2}] for name in list(ablation.VARIANTS["smollm2"])[:3]}
+    rows[list(rows)[0]] = [{"kl": 0.1}, {"kl": 0.3}]
+    (claim,) = ablation.claims(rows, "smollm2")
+    assert claim["value"] == pytest.approx(1.0) and claim["holds"]
+    rows[list(rows)[1]] = [{"kl": 0.1}]
+    (claim,) = ablation.claims(rows, "smollm2")
+    assert claim["value"] == pytest.approx(2.0) and not claim["holds"]
+    assert ablation.claims({list(rows)[0]: rows[list(rows)[0]]}, "smollm2") == []

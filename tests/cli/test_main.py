@@ -96,6 +96,13 @@ def test_help_into_head(scripts):
     assert first.startswith("usage: xtuner-ext VERB") and status in ("0", "141") and result.stderr == ""
 
 
+def test_a_stock_tool_into_head(scripts):
+    command = f"'{scripts}/xtuner-ext' list-cfg | head -1; echo ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    first, status = result.stdout.splitlines()
+    assert "CONFIGS" in first and status in ("0", "141") and result.stderr == ""
+
+
 def test_another_broken_pipe_is_not_hidden():
     def entry(argv):
         raise BrokenPipeError("a worker died")

@@ -11,6 +11,7 @@ from xtuner.registry import BUILDER
 from tests.reference.hovle import hovle_config, hovle_logits, random_hovle_checkpoint
 from xtuner_ext.convert import load_teacher
 from xtuner_ext.distill import DistillModel
+from xtuner_ext.distill.model import supervised_rows
 from xtuner_ext.errors import UserError
 from xtuner_ext.modeling import HybridCache
 
@@ -180,10 +181,11 @@ def test_stage_three_with_one_copy_equals_stage_three_with_a_separate_teacher(te
 def test_tokens_decide_which_positions_are_matched(teacher):
     folder, config, _ = teacher
     data = batch(config)
+    ids, labels, mask = (data[key] for key in ("input_ids", "labels", "attention_mask"))
+    assert supervised_rows(ids, labels, mask, "answer").sum() == (labels[:, 1:] != -100).sum()
+    assert supervised_rows(ids, labels, mask, "all").sum() == mask.sum()
     answer, everything = (build(folder, 3, divergence=dict(tokens=word)) for word in ("answer", "all"))
-    rows = answer._rows(data["input_ids"], data["labels"], data["attention_mask"])
-    assert rows.sum() == (data["labels"][:, 1:] != -100).sum()
-    assert everything._rows(data["input_ids"], data["labels"], data["attention_mask"]).sum() == data["attention_mask"].sum()
+    assert answer.compute_loss(**data)["loss"] != everything.compute_loss(**data)["loss"]
 
 
 def test_padding_changes_no_loss(teacher):

@@ -1,7 +1,9 @@
 """Measures by training token: right, complete after an interruption, and without effect on the training."""
 
 import json
+import os
 import random
+import subprocess
 
 import numpy as np
 import pytest
@@ -9,6 +11,8 @@ import torch
 
 from xtuner_ext.cli.loading import load_model
 from xtuner_ext.cli.main import run
+from xtuner_ext.compat import allow_checkpoint_types
+from xtuner_ext.convert.teacher import load_processor
 from xtuner_ext.data.dataset import ConversationDataset
 from xtuner_ext.distill.autocast import Bfloat16OptimWrapper
 from xtuner_ext.distill.stages import read_checkpoint
@@ -83,6 +87,29 @@ def test_an_interrupted_run_ends_with_the_lines_of_an_uninterrupted_one(small_pr
         # Killed while it wrote.
         file.write('{"iter": 5, "tok')
     assert timeless(train(small_project, "stage1", cut)) == timeless(whole)
+
+
+def test_seconds_go_on_where_the_checkpoint_was(small_project, tmp_path):
+    train(small_project, "stage1", tmp_path / "run")
+    path = tmp_path / "run" / "iter_4.pth"
+    allow_checkpoint_types()
+    checkpoint = torch.load(path, weights_only=True)
+    kept = checkpoint["message_hub"]["runtime_info"]["seconds_trained"]
+    rows = lines(tmp_path / "run")
+    assert rows[0]["seconds"] == 0 < kept <= rows[-1]["seconds"] + 0.05
+    checkpoint["message_hub"]["runtime_info"]["seconds_trained"] = 1000.0
+    torch.save(checkpoint, path)
+    (tmp_path / "run" / "iter_5.pth").unlink()
+    assert 1000 <= train(small_project, "stage1", tmp_path / "run")[-1]["seconds"] < 1000 + kept + 60
+
+
+def test_tokens_of_every_process_count(small_project, tmp_path, digits, tiny_teacher, scripts):
+    argv = [f"{scripts}/xtuner-ext", "train", str(small_project / "stage1.py"), "--work-dir", str(tmp_path / "run")]
+    environment = {**os.environ, "NPROC_PER_NODE": "2", "OMP_NUM_THREADS": "1"}
+    subprocess.run(argv, env=environment, check=True, capture_output=True)
+    data = make_dataset(digits, load_processor(str(tiny_teacher)), "train")
+    seen = [sum(len(data[i]["input_ids"]) for i in range(2 * 4 * done)) for done in (0, 2, 4, 5)]
+    assert [row["tokens"] for row in lines(tmp_path / "run")] == seen
 
 
 def test_a_new_run_in_the_same_folder_begins_a_new_file(small_project, tmp_path):

@@ -30,6 +30,7 @@ OWN_VERBS = {
     "inspect": ("inspect", "say what a model folder holds and what its students would be"),
     "pipeline": ("pipeline", "run every stage of a project, from data to scores"),
     "select-layers": ("select_layers", "measure which layers should keep attention"),
+    "cache-teacher": ("cache_teacher", "keep a teacher's likeliest next tokens for stage 3"),
     "convert pth_to_hf": ("convert", "turn a checkpoint into a Hugging Face folder"),
     "convert gguf_to_hf": ("convert", "unpack a GGUF file into a Hugging Face folder"),
     "convert merge": ("convert", "merge an adapter into its base model"),
@@ -192,7 +193,7 @@ def run_stock(verb, arguments):
     file = Path(importlib.util.find_spec("xtuner").origin).parent / STOCK_VERBS[verb][0]
     processes = _torchrun_arguments(arguments)
     if processes is None:
-        return _call([sys.executable, str(file), *arguments])
+        return _call([sys.executable, "-m", "xtuner_ext.cli.stock", str(file), *arguments])
     return _call([*processes, str(file), *arguments, "--launcher", "pytorch"])
 
 

@@ -1,6 +1,7 @@
 """InternVL's meta JSON and JSONL annotations of conversations or plain text, checked when they are opened."""
 
 import dataclasses
+import hashlib
 import json
 import mmap
 from pathlib import Path
@@ -111,6 +112,9 @@ class JsonlAnnotations:
     Raises:
         UserError: For a missing or empty file, a malformed line, a missing image, or an image count that
             does not equal the placeholders; the message names file and line.
+
+    Attributes:
+        digest (str): SHA-256 of the file.
     """
 
     def __init__(self, path, root):
@@ -118,9 +122,10 @@ class JsonlAnnotations:
         if not self.path.is_file():
             raise UserError(f"annotation file {self.path} does not exist")
         offsets, numbers, position = [], [], 0
-        known_files = set()
+        known_files, digest = set(), hashlib.sha256()
         with open(self.path, "rb") as file:
             for number, line in enumerate(file, start=1):
+                digest.update(line)
                 if line.strip():
                     record = parse_record(line, f"{self.path}:{number}", self.root, number)
                     for image in record.images:
@@ -134,6 +139,7 @@ class JsonlAnnotations:
             raise UserError(f"annotation file {self.path} is empty, expected one JSON object a line")
         self._offsets = np.asarray(offsets, dtype=np.int64)
         self._numbers = np.asarray(numbers, dtype=np.int64)
+        self.digest = digest.hexdigest()
         self._map = None
 
     def __len__(self):

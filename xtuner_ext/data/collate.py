@@ -14,13 +14,14 @@ def conversation_collate(samples, pad_token_id=0):
 
     Args:
         samples (list[dict]): ``input_ids`` (L,), ``labels`` (L,), ``pixel_values`` (T, 3, S, S), and
-            ``segment_ids`` (L,) where samples are packed into rows.
+            ``segment_ids`` (L,) where samples are packed into rows; perhaps ``keys`` that name them.
         pad_token_id (int): Fills ``input_ids``; masked, so any id will do.
 
     Returns:
-        dict: MMEngine's ``{"data": ..., "data_samples": None}`` with ``input_ids``, ``labels`` and
+        dict: MMEngine's ``{"data": ..., "data_samples": ...}`` with ``input_ids``, ``labels`` and
         ``attention_mask`` (B, L) and the tiles of all samples, (T, 3, S, S); of packed rows also
-        ``segment_ids`` (B, L), in which padding is a segment of its own.
+        ``segment_ids`` (B, L), in which padding is a segment of its own. ``data_samples`` lists the samples' keys
+        in reading order, None where they have none.
     """
     ids = [sample["input_ids"] for sample in samples]
     data = {
@@ -32,4 +33,5 @@ def conversation_collate(samples, pad_token_id=0):
     if "segment_ids" in samples[0]:
         segments = [sample["segment_ids"] for sample in samples]
         data["segment_ids"] = pad_sequence(segments, batch_first=True, padding_value=PADDING_SEGMENT)
-    return {"data": data, "data_samples": None}
+    keys = [key for sample in samples for key in sample.get("keys", ())]
+    return {"data": data, "data_samples": keys or None}

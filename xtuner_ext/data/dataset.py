@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from ..errors import UserError
 from .annotation import JsonlAnnotations, read_meta
+from .identity import describe_sources, fingerprint
 from .masking import encode_conversation, encode_text
 from .template_fit import fit_template
 
@@ -32,6 +33,7 @@ class ConversationDataset(Dataset):
     Attributes:
         sources (list[tuple[MetaEntry, JsonlAnnotations]]): The meta file's datasets.
         index (ndarray): Source and line of every sample, (N, 2).
+        fingerprints (list[str]): Of every source, see :func:`~xtuner_ext.data.identity.describe_sources`.
     """
 
     def __init__(self, meta, processor, template, max_length=8192, seed=0):
@@ -51,6 +53,7 @@ class ConversationDataset(Dataset):
         self.index = np.concatenate(index)
         if not len(self.index):
             raise UserError(f"meta file {meta} gives no sample, its repeat_time is too small")
+        self.fingerprints = [fingerprint(description) for description in describe_sources(self)]
 
     def __len__(self):
         return len(self.index)
@@ -79,11 +82,12 @@ class ConversationDataset(Dataset):
             index (int): Below ``len(self)``.
 
         Returns:
-            dict | None: ``input_ids`` and ``labels`` (L,), ``pixel_values`` (T, 3, S, S); None, and a line in the
-            log, for a sample longer than ``max_length``.
+            dict | None: ``input_ids`` and ``labels`` (L,), ``pixel_values`` (T, 3, S, S), ``keys`` with the
+            fingerprint and the line that name this sample; None, and a line in the log, for a sample longer than
+            ``max_length``.
         """
-        record = self.record(index)
-        limit = self._tile_limit(record, self.index[index][0])
+        record, (source, line) = self.record(index), self.index[index]
+        limit = self._tile_limit(record, source)
         tiles = [self.processor.tiles(open_image(path, record.where), max_tiles=limit) for path in record.images]
         input_ids, labels = self._tokens(record, [len(t) for t in tiles])
         if len(input_ids) > self.max_length:
@@ -92,7 +96,8 @@ class ConversationDataset(Dataset):
             return None
         size = self.processor.image_size
         pixels = torch.cat(tiles) if tiles else torch.zeros(0, 3, size, size)
-        return {"input_ids": input_ids, "labels": labels, "pixel_values": pixels}
+        keys = [(self.fingerprints[source], int(line))]
+        return {"input_ids": input_ids, "labels": labels, "pixel_values": pixels, "keys": keys}
 
     def count_tokens(self, source, line):
         """Length of a sample, from the headers of its images.

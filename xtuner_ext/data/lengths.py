@@ -1,9 +1,6 @@
 """Lengths of samples in tokens, counted once; of images only the headers are read."""
 
-import dataclasses
-import hashlib
 import io
-import json
 import logging
 from pathlib import Path
 
@@ -14,6 +11,7 @@ from mmengine.logging import print_log
 
 from ..compat import replace_file
 from ..errors import UserError
+from .identity import describe_sources, fingerprint
 
 UNKNOWN = -1
 
@@ -54,7 +52,9 @@ def _line_lengths(dataset, source, wanted, cache_dir):
     path, known = None, [None]
     if rank == 0:
         if cache_dir is not None:
-            path = Path(cache_dir) / f"{_fingerprint(dataset, source)}.npy"
+            # The images lie in the root, and another version of transformers may count other tokens.
+            images = {"root": str(dataset.sources[source][0].root.resolve()), "transformers": transformers.__version__}
+            path = Path(cache_dir) / f"{fingerprint({**describe_sources(dataset)[source], **images})}.npy"
         known = [_read(path, len(annotations))]
     # Only the first process looks: another might see a file that the first one has just written.
     broadcast_object_list(known)
@@ -68,28 +68,6 @@ def _line_lengths(dataset, source, wanted, cache_dir):
         if path is not None:
             _write(path, lengths)
     return lengths
-
-
-def _fingerprint(dataset, source):
-    entry, annotations = dataset.sources[source]
-    tokenizer = dataset.processor.tokenizer
-    if tokenizer.is_fast:
-        words = tokenizer.backend_tokenizer.to_str()
-    else:
-        words = [repr(tokenizer), sorted(tokenizer.get_vocab().items()), tokenizer("").input_ids]
-    settings = {
-        "root": str(entry.root.resolve()),
-        "max_dynamic_patch": entry.max_dynamic_patch,
-        "processor": dataset.processor.settings,
-        "template": dataclasses.asdict(dataset.template),
-        "tokenizer": words,
-        "transformers": transformers.__version__,
-    }
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    with open(annotations.path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()[:32]
 
 
 def _read(path, count):

@@ -31,6 +31,10 @@ class PackedDataset(Dataset):
             collate_fn=dict(type=conversation_collate),
         )
 
+    Losses are averaged over the tokens of the whole batch, as those of padded batches are: a sample weighs as much as
+    it has tokens that count, whichever row it lies in. Only ``reduction="batchmean"`` divides by samples, and it counts
+    the samples of a row, not the rows.
+
     Attention over packed rows needs ``attn_implementation`` "sdpa" or "eager".
 
     Args:
@@ -99,6 +103,7 @@ class PackedDataset(Dataset):
             "labels": labels,
             "segment_ids": torch.arange(len(samples)).repeat_interleave(lengths),
             "pixel_values": torch.cat([sample["pixel_values"] for sample in samples]),
+            "keys": [key for sample in samples for key in sample["keys"]],
         }
 
     def _sample(self, index):

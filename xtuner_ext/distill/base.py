@@ -30,7 +30,7 @@ class HybridModel(BaseModel):
 
         Args:
             data (dict): ``input_ids``, ``labels``, ``attention_mask`` (B, L), ``pixel_values`` (T, 3, S, S).
-            data_samples (object, optional): Unused; part of MMEngine's contract.
+            data_samples (list, optional): Names of the samples.
             mode (str): ``loss``, ``predict`` or ``tensor``.
 
         Returns:
@@ -40,7 +40,7 @@ class HybridModel(BaseModel):
             ValueError: For another mode.
         """
         if mode == "loss":
-            return self.compute_loss(**data)
+            return self.compute_loss(**data, keys=data_samples)
         inputs = {key: value for key, value in data.items() if key != "labels"}
         logits = self.llm(**inputs, use_cache=False).logits
         if mode == "predict":
@@ -50,8 +50,8 @@ class HybridModel(BaseModel):
         raise ValueError(f"unknown mode {mode!r}, expected loss, predict or tensor")
 
     @abstractmethod
-    def compute_loss(self, **data):
-        """dict[str, Tensor]: Losses of one batch; those whose key contains ``loss`` are back-propagated."""
+    def compute_loss(self, *, keys=None, **data):
+        """dict[str, Tensor]: Losses of one batch, whose samples ``keys`` name; those whose key contains ``loss`` are back-propagated."""
 
     def state_dict(self, *args, **kwargs):
         """dict[str, Tensor]: Trainable parameters only."""

@@ -6,6 +6,9 @@ here layers may keep their attention. In stages 1 and 2 every layer is fed the t
 so one forward pass gives all targets and no layer's gradient reaches another.
 """
 
+import contextlib
+import functools
+
 import torch
 from torch import nn
 from xtuner.registry import BUILDER
@@ -24,6 +27,8 @@ from .layer_selection import read_selection
 from .local_backward import local_backward
 from .losses import alignment_error, chunked_divergence
 from .stages import describe, fingerprint, load_previous_stage
+from .teacher_cache import TeacherCache, weights_digest
+from .top_k import top_k_divergence
 
 TRAINABLE = {
     # What attention does not have.
@@ -67,6 +72,9 @@ class DistillModel(HybridModel):
             ones under automatic mixed precision; the teacher's own when absent. Decay rates and time-step
             biases are fp32 in any case.
         pretrained_pth (str, optional): Checkpoint of the stage before.
+        teacher_cache (str, optional): Stage 3: folder that ``xtuner-ext cache-teacher`` wrote for this teacher, data
+            and temperature. The teacher then does not run while training, and the loss is over its likeliest tokens
+            and the rest.
         seed (int): Seed of new weights.
         data_preprocessor (dict, optional): MMEngine's.
 
@@ -87,6 +95,7 @@ class DistillModel(HybridModel):
         divergence=None,
         trainable_dtype=None,
         pretrained_pth=None,
+        teacher_cache=None,
         seed=0,
         data_preprocessor=None,
     ):
@@ -104,6 +113,10 @@ class DistillModel(HybridModel):
                 raise UserError(f"model.divergence.{key} is {self.divergence[key]}, expected more than 0")
         if stage < 3 and self.trainable == "projections" and not self.alignment["after_projection"]:
             raise UserError("model.trainable 'projections' needs alignment.after_projection=True before stage 3")
+        if stage < 3 and teacher_cache is not None:
+            raise UserError(f"model.teacher_cache is {teacher_cache!r}, but only stage 3 compares next tokens")
+        self.teacher_cache = teacher_cache
+        self.teacher_digest = None if teacher_cache is None else weights_digest(self.llm)
         self.teacher_fingerprint = fingerprint(self.llm)
         self.student_config = self._student_config(mixer, attention_layers, layer_types)
         # Where the student changes what both would share, the teacher needs a copy of its own.
@@ -118,7 +131,7 @@ class DistillModel(HybridModel):
         if pretrained_pth is not None and not self.llm.lm_head.weight.is_meta:
             load_previous_stage(self, pretrained_pth)
 
-    def compute_loss(self, input_ids, labels, attention_mask=None, pixel_values=None, segment_ids=None):
+    def compute_loss(self, input_ids, labels, attention_mask=None, pixel_values=None, segment_ids=None, keys=None):
         """Loss of one batch and what the log should show besides.
 
         Args:
@@ -127,6 +140,7 @@ class DistillModel(HybridModel):
             attention_mask (Tensor, optional): (B, L).
             pixel_values (Tensor, optional): (T, 3, S, S).
             segment_ids (Tensor, optional): (B, L) of packed rows.
+            keys (list, optional): Names of the samples, which a teacher's cache is looked up by.
 
         Returns:
             dict[str, Tensor]: ``loss`` and measures.
@@ -134,7 +148,19 @@ class DistillModel(HybridModel):
         inputs = {"attention_mask": attention_mask, "segment_ids": segment_ids}
         if self.stage < 3:
             return self._alignment_loss(input_ids, pixel_values, inputs)
-        return self._divergence_loss(input_ids, labels, pixel_values, inputs)
+        return self._divergence_loss(input_ids, labels, pixel_values, inputs, keys)
+
+    def check_data(self, dataset):
+        """Refuse training data that the teacher's cache does not hold; called before the first iteration.
+
+        Args:
+            dataset (Dataset): Of the run.
+
+        Raises:
+            UserError: Naming what was found and what was expected.
+        """
+        if self.teacher_cache is not None:
+            self._cache.check_dataset(dataset)
 
     def describe(self):
         """dict: What a later stage needs to know to accept this one's checkpoint."""
@@ -275,22 +301,39 @@ class DistillModel(HybridModel):
             measures[f"align/{kind}"] = torch.stack(values).mean()
         return {"loss": self.alignment["scale"] * torch.stack(errors).mean(), **measures}
 
-    def _divergence_loss(self, input_ids, labels, pixel_values, inputs):
-        options = self.divergence
-        rows = self._rows(input_ids, labels, inputs["attention_mask"])
-        student, teacher = self.final_states(input_ids, pixel_values, **inputs)
-        total, agreed = chunked_divergence(
-            student[rows],
-            self.llm.lm_head.weight,
-            teacher[rows],
-            self.teacher_head,
-            direction=options["direction"],
-            temperature=options["temperature"],
-            chunk_rows=options["chunk_rows"],
-        )
+    def _divergence_loss(self, input_ids, labels, pixel_values, inputs, keys):
+        rows = supervised_rows(input_ids, labels, inputs["attention_mask"], self.divergence["tokens"])
+        options = {key: self.divergence[key] for key in ("direction", "temperature", "chunk_rows")}
+        if self.teacher_cache is None:
+            student, teacher = self.final_states(input_ids, pixel_values, **inputs)
+            total, agreed = chunked_divergence(
+                student[rows], self.llm.lm_head.weight, teacher[rows], self.teacher_head, **options
+            )
+        else:
+            student = self.student_states(input_ids, pixel_values, **inputs)[rows]
+            targets = self._cached_targets(keys, student)
+            total, agreed = top_k_divergence(student, self.llm.lm_head.weight, *targets, **options)
         count = rows.sum().clamp(min=1)
-        loss = total / (count if options["reduction"] == "mean" else _count_samples(input_ids, **inputs))
+        loss = total / (count if self.divergence["reduction"] == "mean" else _count_samples(input_ids, **inputs))
         return {"loss": loss, "kl_per_token": (total / count).detach(), "agreement": agreed / count}
+
+    @functools.cached_property
+    def _cache(self):
+        cache = TeacherCache(self.teacher_cache)
+        wanted = {key: self.divergence[key] for key in ("tokens", "temperature")}
+        cache.check_settings({"teacher": self.teacher_digest, **wanted})
+        return cache
+
+    def _cached_targets(self, keys, student):
+        if keys is None:
+            raise UserError(f"teacher cache {self.teacher_cache} needs samples with keys, as those of ConversationDataset")
+        targets = self._cache.targets(keys, student.device)
+        if len(targets[0]) != len(student):
+            raise UserError(
+                f"teacher cache {self.teacher_cache} has {len(targets[0])} rows for a batch of {len(student)}: its data "
+                "have changed since, make another cache"
+            )
+        return targets
 
     @property
     def teacher_head(self):
@@ -314,16 +357,26 @@ class DistillModel(HybridModel):
         with torch.no_grad():
             embeds = teacher.embed(input_ids, pixel_values)
             target = teacher.model(inputs_embeds=embeds, **inputs).last_hidden_state
-        self._activate("linear_attention")
-        if self.teacher is not None:
-            embeds = self.llm.embed(input_ids, pixel_values)
-        return self.llm.model(inputs_embeds=embeds, **inputs).last_hidden_state, target
+        # Where both share an embedding it is frozen.
+        return self.student_states(input_ids, pixel_values, embeds if self.teacher is None else None, **inputs), target
 
-    def _rows(self, input_ids, labels, attention_mask):
-        """Positions whose next-token distributions are compared, boolean (B, L)."""
-        if self.divergence["tokens"] == "all":
-            return torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        return next_token_rows(labels)
+    def student_states(self, input_ids, pixel_values=None, embeds=None, **inputs):
+        """What the student alone makes of a batch.
+
+        Args:
+            input_ids (Tensor): (B, L).
+            pixel_values (Tensor, optional): (T, 3, S, S).
+            embeds (Tensor, optional): (B, L, D), where they are known.
+            **inputs: See :meth:`final_states`.
+
+        Returns:
+            Tensor: Normed hidden states, (B, L, D).
+        """
+        self._activate("linear_attention")
+        if embeds is None:
+            with contextlib.nullcontext() if self.trainable == "all" else torch.no_grad():
+                embeds = self.llm.embed(input_ids, pixel_values)
+        return self.llm.model(inputs_embeds=embeds, **inputs).last_hidden_state
 
     def _activate(self, word):
         for module in self.modules():
@@ -333,6 +386,23 @@ class DistillModel(HybridModel):
         teacher = ["full_attention"] * len(self.student_config.layer_types)
         student = list(self.student_config.layer_types)
         self.llm.config.layer_types = teacher if word == "full_attention" else student
+
+
+def supervised_rows(input_ids, labels, attention_mask, tokens):
+    """Positions whose next-token distributions are compared.
+
+    Args:
+        input_ids (Tensor): (B, L).
+        labels (Tensor): (B, L).
+        attention_mask (Tensor, optional): (B, L).
+        tokens (str): ``answer``, or ``all`` real ones.
+
+    Returns:
+        Tensor: Boolean (B, L).
+    """
+    if tokens == "all":
+        return torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    return next_token_rows(labels)
 
 
 def _count_samples(input_ids, attention_mask, segment_ids):

@@ -11,6 +11,6 @@ class SupervisedModel(HybridModel):
         data_preprocessor (dict, optional): MMEngine's.
     """
 
-    def compute_loss(self, **data):
+    def compute_loss(self, *, keys=None, **data):
         """dict: ``loss``, the mean over supervised tokens."""
         return {"loss": self.llm(**data, use_cache=False).loss}

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import torch
-from mmengine.dist import get_world_size, master_only
+from mmengine.dist import all_reduce, master_only
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
@@ -18,14 +18,15 @@ from ..data.dataset import samples_config
 from ..data.masking import next_token_rows
 from ..errors import UserError
 
-TOKENS_SEEN = "tokens_seen"
+# Kept in checkpoints.
+TOKENS_SEEN, SECONDS = "tokens_seen", "seconds_trained"
 
 
 class HeldOutHook(Hook):
     """Compares student and teacher on held-out samples and appends the measures to ``held_out.jsonl``.
 
-    Each line holds ``iter``, ``tokens`` (trained on so far in this stage, padding not counted; of several processes
-    the first one's are taken for all), ``seconds`` of this run without the measuring itself, and the measures of
+    Each line holds ``iter``, ``tokens`` (all that this stage has trained on, padding not counted), ``seconds`` of training
+    since its beginning without the measuring itself and without what an interruption lost, and the measures of
     :class:`~xtuner_ext.evaluation.fidelity.Tally`. The dataset is the training one with another meta file; samples are
     never packed here.
 
@@ -47,7 +48,7 @@ class HeldOutHook(Hook):
             if value < 1:
                 raise UserError(f"HeldOutHook.{name} is {value}, expected at least 1")
         self.meta, self.interval, self.limit, self.batch_size = meta, interval, limit, batch_size
-        self.batches, self.spent = None, 0.0
+        self.batches, self.started = None, 0.0
 
     def before_train(self, runner):
         """Load the samples; measure the start, unless this is a resumed run."""
@@ -59,19 +60,24 @@ class HeldOutHook(Hook):
             for start in range(0, count, self.batch_size)
         ]
         self.path = Path(runner.work_dir) / "held_out.jsonl"
-        self.started, self.spent = time.monotonic(), 0.0
         self._forget_after(runner.iter)
+        hub = runner.message_hub
         if runner.iter == 0:
-            runner.message_hub.update_info(TOKENS_SEEN, 0)
+            hub.update_info(TOKENS_SEEN, 0)
+            hub.update_info(SECONDS, 0.0)
             self._measure(runner)
+        self.started = time.monotonic() - hub.get_info(SECONDS, 0.0)
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         """Count tokens; measure at the interval and at the end."""
         done, hub = runner.iter + 1, runner.message_hub
-        tokens = int(data_batch["data"]["attention_mask"].sum()) * get_world_size()
-        hub.update_info(TOKENS_SEEN, hub.get_info(TOKENS_SEEN, 0) + tokens)
+        tokens = data_batch["data"]["attention_mask"].sum()
+        all_reduce(tokens)
+        hub.update_info(TOKENS_SEEN, hub.get_info(TOKENS_SEEN, 0) + int(tokens))
+        hub.update_info(SECONDS, time.monotonic() - self.started)
         if done % self.interval == 0 or done == runner.max_iters:
             self._measure(runner, done)
+            self.started = time.monotonic() - hub.get_info(SECONDS)
 
     @master_only
     def _forget_after(self, iteration):
@@ -88,7 +94,6 @@ class HeldOutHook(Hook):
     def _measure(self, runner, done=0):
         from ..evaluation.fidelity import Tally, tally_rows
 
-        begun = time.monotonic()
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         training = model.training
         model.eval()
@@ -105,12 +110,11 @@ class HeldOutHook(Hook):
                     )
                 )
         model.train(training)
-        self.spent += time.monotonic() - begun
         measures = total.measures()
         line = {
             "iter": done,
             "tokens": runner.message_hub.get_info(TOKENS_SEEN, 0),
-            "seconds": round(time.monotonic() - self.started - self.spent, 1),
+            "seconds": round(runner.message_hub.get_info(SECONDS), 1),
             **{key: measures[key] for key in ("kl", "agreement", "perplexity", "teacher_perplexity")},
         }
         with open(self.path, "a", encoding="utf-8") as file:

@@ -1,5 +1,6 @@
 """A training loop that resumes without reading the data it has already seen."""
 
+from mmengine.model import is_model_wrapper
 from mmengine.runner.loops import _InfiniteDataloaderIterator
 from xtuner.engine.runner.loops import TrainLoop
 
@@ -7,11 +8,14 @@ from xtuner.engine.runner.loops import TrainLoop
 class ResumableTrainLoop(TrainLoop):
     """XTuner's loop; on resume the sampler jumps instead of every past batch being loaded again.
 
-    Needs a sampler with ``skip(samples)``.
+    Needs a sampler with ``skip(samples)``. A model with ``check_data(dataset)`` may refuse the data.
     """
 
     def run(self):
         """Train from the current iteration to the last."""
+        model = self.runner.model.module if is_model_wrapper(self.runner.model) else self.runner.model
+        if hasattr(model, "check_data"):
+            model.check_data(self.dataloader.dataset)
         done = self._iter
         if done:
             self.dataloader.sampler.skip(done * self.dataloader.batch_size)

@@ -45,6 +45,7 @@ model = dict(
     trainable="projections",
     divergence=improved_divergence,
     pretrained_pth=None,
+    teacher_cache=None,  # folder that `xtuner-ext cache-teacher` wrote: the teacher then does not run
     seed=0,
 )
 

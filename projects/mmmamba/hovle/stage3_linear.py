@@ -46,6 +46,7 @@ model = dict(
     divergence=reference_divergence,
     trainable_dtype="float32",
     pretrained_pth=None,
+    teacher_cache=None,  # folder that `xtuner-ext cache-teacher` wrote: the teacher then does not run
     seed=0,
 )
 

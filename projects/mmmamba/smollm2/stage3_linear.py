@@ -24,6 +24,7 @@ model.update(
     layer_types=None,  # one word per layer, instead of attention_layers
     trainable="mixers",
     divergence=improved_divergence,
+    teacher_cache=None,  # folder that `xtuner-ext cache-teacher` wrote: the teacher then does not run
 )
 optim_wrapper["optimizer"].update(lr=lr)
 optim_wrapper["clip_grad"].update(max_norm=max_norm)

@@ -1,0 +1,38 @@
+"""What samples follow from, so that a thing computed from them is used for no others.
+
+Images count by their names in the annotations only: to read them all would cost what is to be saved.
+"""
+
+import dataclasses
+import hashlib
+import json
+
+
+def describe_sources(dataset):
+    """Say what the samples of every source of a dataset follow from.
+
+    Args:
+        dataset (ConversationDataset): Samples.
+
+    Returns:
+        list[dict]: Per source, a digest of its annotations, its tile limit, and the processor's, the template's and the
+        tokenizer's settings; all as JSON can hold it.
+    """
+    tokenizer = dataset.processor.tokenizer
+    if tokenizer.is_fast:
+        words = tokenizer.backend_tokenizer.to_str()
+    else:
+        words = json.dumps([repr(tokenizer), sorted(tokenizer.get_vocab().items()), tokenizer("").input_ids])
+    shared = {
+        **{f"processor.{key}": value for key, value in dataset.processor.settings.items()},
+        **{f"template.{key}": value for key, value in dataclasses.asdict(dataset.template).items()},
+        "tokenizer": hashlib.sha256(words.encode()).hexdigest(),
+    }
+    own = [{"annotations": a.digest, "max_dynamic_patch": entry.max_dynamic_patch} for entry, a in dataset.sources]
+    # Through JSON, which has no tuples, so that a description equals itself read from a file.
+    return [json.loads(json.dumps({**source, **shared})) for source in own]
+
+
+def fingerprint(description):
+    """str: Short name of a description, the same wherever and whenever it is made."""
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:32]
