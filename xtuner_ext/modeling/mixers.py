@@ -10,6 +10,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
 from ..ops.causal_conv import causal_conv, causal_conv_step
+from ..ops.decode_attention import decode_attention
 from ..ops.ssd import ssd, ssd_step
 from ..ops.window_attention import window_attention
 from .cache import WINDOW
@@ -38,7 +39,7 @@ class Attention(nn.Module):
         self.scaling = self.head_dim**-0.5
         _add_projections(self, config)
 
-    def head_outputs(self, hidden_states, *, position_embeddings, attention_mask=None, cache=None, **_):
+    def head_outputs(self, hidden_states, *, position_embeddings, attention_mask=None, cache=None, step=None, **_):
         """Attend.
 
         Args:
@@ -46,6 +47,7 @@ class Attention(nn.Module):
             position_embeddings (tuple[Tensor, Tensor]): cos and sin, (B, L, P).
             attention_mask (Tensor, optional): Mask prepared by transformers for the attention backend.
             cache (HybridCache, optional): Keys and values seen before; updated.
+            step (DecodeStep, optional): Where the single token's key goes, inside of a CUDA graph.
 
         Returns:
             Tensor: Per-head outputs before the output projection, (B, L, H, P).
@@ -55,6 +57,12 @@ class Attention(nn.Module):
         key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
         value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if step is not None:
+            layer = cache.layers[self.layer_idx]
+            layer.write(step.position, key, value)
+            mask, last = step.key_mask, step.position
+            output = decode_attention(query[:, :, 0], layer.keys, layer.values, last, scale=self.scaling, mask=mask)
+            return output[:, None]
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
