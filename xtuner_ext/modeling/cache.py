@@ -64,8 +64,8 @@ class PreallocatedLayer(CacheLayerMixin):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self.reserve(self.length + key_states.shape[2])
         start, self.length = self.length, self.length + key_states.shape[2]
-        self.reserve(self.length)
         self.keys[:, :, start : self.length] = key_states
         self.values[:, :, start : self.length] = value_states
         return self.filled()

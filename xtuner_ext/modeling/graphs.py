@@ -5,6 +5,7 @@ At batch size one a step is thousands of launches that each take the host longer
 
 import dataclasses
 import logging
+import weakref
 
 import torch
 
@@ -38,7 +39,8 @@ class DecodeGraph:
     """
 
     def __init__(self, model, cache, batch, masked):
-        self.model, self.cache, self.weights = model, cache, addresses(model)
+        # A model whose cache is kept for it would otherwise live for ever.
+        self.model, self.cache, self.weights = weakref.ref(model), cache, addresses(model)
         device = model.model.embed_tokens.weight.device
         # Inference tensors could not be written to again outside of inference mode.
         with torch.inference_mode(False):
@@ -75,8 +77,9 @@ class DecodeGraph:
             self.token_mask.copy_(attention_mask[:, -1:])
         if self.key_mask is not None:
             self.key_mask[:, : seen + 1].copy_(attention_mask)
-        if self.model.model.has_dynamic_positions:
-            self._copy_angles(self.model.model.angles(self.model.model.embed_tokens.weight, self.position_ids))
+        decoder = self.model().model
+        if decoder.has_dynamic_positions:
+            self._copy_angles(decoder.angles(decoder.embed_tokens.weight, self.position_ids))
         if self.graph is None:
             self._capture()
         self.graph.replay()
@@ -114,15 +117,16 @@ class DecodeGraph:
                 state.copy_(kept)
 
     def _step(self):
-        hidden_states = self.model.model.decode(
-            self.model.model.embed_tokens(self.token),
+        model = self.model()
+        hidden_states = model.model.decode(
+            model.model.embed_tokens(self.token),
             self.cache,
             self.position_ids,
             self.angles,
             token_mask=self.token_mask,
             step=DecodeStep(self.position, self.key_mask),
         )
-        return self.model.lm_head(hidden_states)
+        return model.lm_head(hidden_states)
 
 
 def replay(model, cache, input_ids, position_ids, attention_mask):
@@ -139,9 +143,9 @@ def replay(model, cache, input_ids, position_ids, attention_mask):
         Tensor | None: Logits (B, 1, V); None where no graph can be captured, said once.
     """
     cache.reserve(cache.get_seq_length() + 1)
-    key = (id(model), input_ids.shape[0], attention_mask is not None)
+    key = (input_ids.shape[0], attention_mask is not None)
     graph = cache.graphs.get(key)
-    if graph is None:
+    if graph is None or graph.model() is not model:
         graph = cache.graphs[key] = DecodeGraph(model, cache, input_ids.shape[0], attention_mask is not None)
     try:
         return graph.run(input_ids, position_ids, attention_mask)
