@@ -5,6 +5,9 @@ import torch
 from ..evaluation.runner import stop_token_ids
 from ..modeling import HybridCache
 
+# Tokens that a conversation has room for at first.
+ROOM = 1024
+
 
 class ChatSession:
     """Asks one question after another; only new tokens are read.
@@ -27,7 +30,7 @@ class ChatSession:
 
     def reset(self):
         """Forget the conversation."""
-        self.cache = HybridCache(self.model.config)
+        self.cache = HybridCache(self.model.config, max_length=ROOM)
         self.ids = torch.zeros(1, 0, dtype=torch.long)
 
     def ask(self, text, images=(), streamer=None, **generation):

@@ -21,9 +21,10 @@ from .teacher import load_exactly, load_processor, load_teacher
 
 PACKAGE = Path(__file__).parent.parent
 MODELLING_FILES = (
-    *(f"modeling/{name}.py" for name in ("configuration", "cache", "mixers", "vision", "vit", "modeling")),
+    *(f"modeling/{name}.py" for name in ("configuration", "cache", "graphs", "mixers", "vision", "vit", "modeling")),
     "modeling/processing.py",
     *(f"ops/{name}.py" for name in ("ssd", "causal_conv", "window_attention")),
+    *(f"ops/{name}.py" for name in ("decode_attention", "decode_attention_triton")),
 )
 AUTO_MAP = {
     "AutoConfig": "configuration.HybridVLConfig",

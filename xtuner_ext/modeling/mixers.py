@@ -10,6 +10,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
 from ..ops.causal_conv import causal_conv, causal_conv_step
+from ..ops.decode_attention import decode_attention
 from ..ops.ssd import ssd, ssd_step
 from ..ops.window_attention import window_attention
 from .cache import WINDOW
@@ -38,7 +39,7 @@ class Attention(nn.Module):
         self.scaling = self.head_dim**-0.5
         _add_projections(self, config)
 
-    def head_outputs(self, hidden_states, *, position_embeddings, attention_mask=None, cache=None, **_):
+    def head_outputs(self, hidden_states, *, position_embeddings, attention_mask=None, cache=None, step=None, **_):
         """Attend.
 
         Args:
@@ -46,6 +47,7 @@ class Attention(nn.Module):
             position_embeddings (tuple[Tensor, Tensor]): cos and sin, (B, L, P).
             attention_mask (Tensor, optional): Mask prepared by transformers for the attention backend.
             cache (HybridCache, optional): Keys and values seen before; updated.
+            step (DecodeStep, optional): Where the single token's key goes, inside of a CUDA graph.
 
         Returns:
             Tensor: Per-head outputs before the output projection, (B, L, H, P).
@@ -55,6 +57,12 @@ class Attention(nn.Module):
         key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
         value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if step is not None:
+            layer = cache.layers[self.layer_idx]
+            layer.write(step.position, key, value)
+            mask, last = step.key_mask, step.position
+            output = decode_attention(query[:, :, 0], layer.keys, layer.values, last, scale=self.scaling, mask=mask)
+            return output[:, None]
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
@@ -143,15 +151,12 @@ class Mamba2Mixer(nn.Module):
             vkq = vkq * token_mask[..., None]
             dt = dt.masked_fill(~token_mask[..., None], -torch.inf)
         vkq = self._convolve(vkq, segment_ids, cache)
-        v, k, q = vkq.split(self.split, dim=-1)
-        v = v.reshape(batch, length, self.num_kv_heads, self.head_dim)
+        v, kq = self._heads(vkq)
         v = v.repeat_interleave(self.num_heads // self.num_kv_heads, dim=2)
-        q, k = self._normalise(
-            q.reshape(batch, length, self.num_heads, self.head_dim),
-            k.reshape(batch, length, self.num_kv_heads, self.head_dim),
-        )
+        kq = self._normalise(kq)
         if self.mixer.use_rope:
-            q, k = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
+            kq = _rotate(kq, *position_embeddings)
+        k, q = kq.split([self.num_kv_heads, self.num_heads], dim=2)
         y = self._scan(v, dt, k, q, segment_ids, cache)
         if self.mixer.use_D:
             y = y + self.D[:, None].to(y.dtype) * v
@@ -178,8 +183,8 @@ class Mamba2Mixer(nn.Module):
         return self
 
     def _attend(self, vkq, position_embeddings, position_ids, token_mask, segment_ids, cache):
-        v, k, q = (t.unflatten(-1, (-1, self.head_dim)) for t in vkq.split(self.split, dim=-1))
-        q, k = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
+        v, kq = self._heads(vkq)
+        k, q = _rotate(kq, *position_embeddings).split([self.num_kv_heads, self.num_heads], dim=2)
         output, state = window_attention(
             q,
             k,
@@ -215,12 +220,18 @@ class Mamba2Mixer(nn.Module):
         cache.update_conv_state(state, self.layer_idx)
         return output
 
-    def _normalise(self, q, k):
+    def _heads(self, vkq):
+        """v (B, L, G, P), and k and q side by side, (B, L, G+H, P): what is done to both is done once."""
+        heads = vkq.unflatten(-1, (-1, self.head_dim))
+        return heads.split([self.num_kv_heads, self.num_kv_heads + self.num_heads], dim=2)
+
+    def _normalise(self, kq):
         if self.mixer.qk_norm == "layernorm":
-            return self.q_norm(q), self.k_norm(k)
+            k, q = kq.split([self.num_kv_heads, self.num_heads], dim=2)
+            return torch.cat([self.k_norm(k), self.q_norm(q)], dim=2)
         if self.mixer.qk_norm == "l2":
-            return F.normalize(q, dim=-1, eps=1e-6), F.normalize(k, dim=-1, eps=1e-6)
-        return q, k
+            return F.normalize(kq, dim=-1, eps=1e-6)
+        return kq
 
     def _scan(self, x, dt, B, C, segment_ids, cache):
         A = -torch.exp(self.A_log.float()) if self.mixer.learn_A else -torch.ones_like(self.dt_bias)
@@ -280,6 +291,12 @@ class PairedMixer(nn.Module):
 
 
 MIXERS = {"full_attention": Attention, "linear_attention": Mamba2Mixer}
+
+
+def _rotate(heads, cos, sin):
+    """Rotary positions for heads (B, L, H, P), from angles (B, L, P)."""
+    first, second = heads.chunk(2, dim=-1)
+    return heads * cos[:, :, None] + torch.cat([-second, first], dim=-1) * sin[:, :, None]
 
 
 def _add_projections(module, config):

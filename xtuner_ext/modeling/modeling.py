@@ -3,7 +3,10 @@
 Axis letters: B batch, L length, D model width, V vocabulary, T tiles.
 """
 
+import weakref
+
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
@@ -14,9 +17,20 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, Lla
 from ..ops.ssd import number_segments, segment_starts
 from .cache import HybridCache
 from .configuration import HybridVLConfig
+from .graphs import addresses, refuse, replay
 from .mixers import FP32_PARAMETERS, MIXERS, Mamba2Mixer
 from .vision import PatchVision
 from .vit import ViTVision
+
+# Longer prompts are read in chunks of this many tokens.
+PREFILL_CHUNK = 2048
+# Room for new tokens is made in steps of so many.
+ROOM = 256
+# Shorter answers are not worth the capture of a CUDA graph.
+GRAPH_TOKENS = 16
+
+# A model's cache with its graphs. Not an attribute: graphs can be neither copied nor pickled.
+_GRAPH_CACHES = weakref.WeakKeyDictionary()
 
 FRONT_ENDS = {"patch": PatchVision, "vit": ViTVision}
 
@@ -46,6 +60,17 @@ class HybridRotaryEmbedding(LlamaRotaryEmbedding):
         return super().forward(x, position_ids)
 
 
+class HybridRMSNorm(LlamaRMSNorm):
+    """Root-mean-square norm; one kernel instead of eight where a GPU only evaluates."""
+
+    def forward(self, hidden_states):
+        """Normalise (..., D)."""
+        plain = torch.is_grad_enabled() or not hidden_states.is_cuda or hidden_states.dtype != self.weight.dtype
+        if plain:
+            return super().forward(hidden_states)
+        return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+
+
 class HybridDecoderLayer(GradientCheckpointingLayer):
     """Pre-norm layer: ``x + mixer(norm(x))``, then ``x + mlp(norm(x))``."""
 
@@ -55,8 +80,8 @@ class HybridDecoderLayer(GradientCheckpointingLayer):
         self.in_embedding = layer_idx < config.num_embedding_layers
         self.mlp = LlamaMLP(config)
         eps = config.embedding_config().rms_norm_eps if self.in_embedding else config.rms_norm_eps
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=eps)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=eps)
+        self.input_layernorm = HybridRMSNorm(config.hidden_size, eps=eps)
+        self.post_attention_layernorm = HybridRMSNorm(config.hidden_size, eps=eps)
 
     def mixer_context(self, context):
         """What this layer's mixer takes of :meth:`HybridDecoder.layer_context`."""
@@ -110,7 +135,7 @@ class HybridDecoder(HybridVLPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(HybridDecoderLayer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = HybridRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = HybridRotaryEmbedding(config)
         if config.embedding_overrides:
             self.embedding_rotary_emb = HybridRotaryEmbedding(config.embedding_config())
@@ -151,7 +176,9 @@ class HybridDecoder(HybridVLPreTrainedModel):
                 groups, key_mask = 2 * groups + attention_mask.long(), None
             packed = _same_segment(groups)
         causal_mask = None
-        if "full_attention" in self.config.layer_types:
+        # A single token sees every key that is there.
+        alone = cache is not None and length == 1 and attention_mask is None
+        if "full_attention" in self.config.layer_types and not alone:
             causal_mask = create_causal_mask(
                 config=self.config,
                 inputs_embeds=inputs_embeds,
@@ -161,18 +188,62 @@ class HybridDecoder(HybridVLPreTrainedModel):
                 and_mask_function=packed,
             )
         token_mask = None if attention_mask is None else attention_mask[:, -length:].bool()
-        embedding_positions = None
-        if self.config.embedding_overrides:
-            embedding_positions = self.embedding_rotary_emb(inputs_embeds, position_ids)
+        angles, embedding_angles = self.angles(inputs_embeds, position_ids)
         return {
-            "position_embeddings": self.rotary_emb(inputs_embeds, position_ids),
-            "embedding_position_embeddings": embedding_positions,
+            "position_embeddings": angles,
+            "embedding_position_embeddings": embedding_angles,
             "position_ids": position_ids,
             "attention_mask": causal_mask,
             "token_mask": token_mask,
             "segment_ids": segment_ids,
             "cache": cache,
         }
+
+    def angles(self, like, position_ids):
+        """Rotary angles of every layer.
+
+        Args:
+            like (Tensor): Gives dtype and device.
+            position_ids (Tensor): (B, L).
+
+        Returns:
+            tuple: (cos, sin), each (B, L, P), and the holistic embedding's own pair or None.
+        """
+        of_embedding = self.embedding_rotary_emb(like, position_ids) if self.config.embedding_overrides else None
+        return self.rotary_emb(like, position_ids), of_embedding
+
+    @property
+    def has_dynamic_positions(self):
+        """bool: Whether the frequencies depend on the largest position."""
+        embeddings = [module for module in self.children() if isinstance(module, HybridRotaryEmbedding)]
+        return any("dynamic" in module.rope_type for module in embeddings)
+
+    def decode(self, inputs_embeds, cache, position_ids, angles=None, token_mask=None, step=None):
+        """Read one token without looking at anything on the host, so that a CUDA graph can hold it.
+
+        Args:
+            inputs_embeds (Tensor): (B, 1, D).
+            cache (HybridCache): Static; its tensors are updated, its tokens are not counted.
+            position_ids (Tensor): (B, 1).
+            angles (tuple, optional): What :meth:`angles` gives; derived from the positions when absent.
+            token_mask (Tensor, optional): Boolean (B, 1), False at padding.
+            step (DecodeStep): Where keys are written and which are seen.
+
+        Returns:
+            Tensor: (B, 1, D) after the final norm.
+        """
+        angles, embedding_angles = self.angles(inputs_embeds, position_ids) if angles is None else angles
+        context = {
+            "position_embeddings": angles,
+            "embedding_position_embeddings": embedding_angles,
+            "position_ids": position_ids,
+            "token_mask": token_mask,
+            "cache": cache,
+            "step": step,
+        }
+        for layer in self.layers:
+            inputs_embeds = layer(inputs_embeds, **context)
+        return self.norm(inputs_embeds)
 
     def forward(
         self,
@@ -312,6 +383,19 @@ class HybridVLForCausalLM(HybridVLPreTrainedModel, GenerationMixin):
         Returns:
             CausalLMOutputWithPast: ``logits`` (B, n, V) and, with labels, the mean token loss.
         """
+        if (
+            past_key_values is not None
+            and past_key_values.cuda_graph
+            and past_key_values.seen_tokens
+            and inputs_embeds is None
+            and labels is None
+            and not output_hidden_states
+            and not torch.is_grad_enabled()
+            and input_ids.shape[1] == 1
+        ):
+            logits = replay(self, past_key_values, input_ids, position_ids, attention_mask)
+            if logits is not None:
+                return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
         if inputs_embeds is None and past_key_values is not None and input_ids.shape[1] == 1:
             # A generated image token is an ordinary token; only prompts have slots to fill.
             inputs_embeds = self.model.embed_tokens(input_ids)
@@ -343,35 +427,61 @@ class HybridVLForCausalLM(HybridVLPreTrainedModel, GenerationMixin):
     def prefill(self, input_ids, *, pixel_values=None, attention_mask=None, past_key_values=None, chunk_size=None):
         """Feed tokens into a cache without scoring them; activation memory follows the chunk size.
 
+        A stream is read by calling this with the cache of the call before, for every frame or line of text:
+        ``input_ids`` and ``pixel_values`` are the new ones alone. To ask something in between, let
+        :meth:`generate` read the question from ``cache.copy()``.
+
         Args:
             input_ids (Tensor): New tokens, (B, L).
             pixel_values (Tensor, optional): Tiles of the new tokens.
             attention_mask (Tensor, optional): (B, seen + L).
             past_key_values (HybridCache, optional): Continued; a new one is made when absent.
-            chunk_size (int, optional): Tokens per forward pass; None takes all at once.
+            chunk_size (int, optional): Tokens per forward pass; ``PREFILL_CHUNK`` when absent.
 
         Returns:
             HybridCache: The cache after the new tokens.
         """
         cache = HybridCache(self.config) if past_key_values is None else past_key_values
-        embeds = self.embed(input_ids, pixel_values)
         end = cache.get_seq_length()
-        for chunk in embeds.split(chunk_size or embeds.shape[1], dim=1):
-            end += chunk.shape[1]
+        cache.reserve(end + input_ids.shape[1])
+        for embeds in self._embed_chunks(input_ids, pixel_values, chunk_size or PREFILL_CHUNK):
+            end += embeds.shape[1]
             mask = None if attention_mask is None else attention_mask[:, :end]
-            positions = None if mask is None else _positions_from_mask(mask)[:, -chunk.shape[1] :]
-            self.model(inputs_embeds=chunk, attention_mask=mask, position_ids=positions, past_key_values=cache)
+            positions = None if mask is None else _positions_from_mask(mask)[:, -embeds.shape[1] :]
+            self.model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, past_key_values=cache)
         return cache
 
+    def _embed_chunks(self, input_ids, pixel_values, size):
+        if pixel_values is not None and pixel_values.shape[0]:
+            # A tile may lie across chunks.
+            return self.embed(input_ids, pixel_values).split(size, dim=1)
+        if self.config.image_token_id is not None and (input_ids == self.config.image_token_id).any():
+            # Refused before any part of the tokens is read.
+            self.embed(input_ids, pixel_values)
+        return map(self.model.embed_tokens, input_ids.split(size, dim=1))
+
     @torch.no_grad()
-    def generate(self, input_ids=None, pixel_values=None, past_key_values=None, prefill_chunk_size=None, **kwargs):
-        """Hugging Face ``generate``, plus images, chunked prefill and continued conversations.
+    def generate(
+        self,
+        input_ids=None,
+        pixel_values=None,
+        past_key_values=None,
+        prefill_chunk_size=None,
+        cuda_graph="auto",
+        **kwargs,
+    ):
+        """Hugging Face ``generate``, plus images, chunked prefill, continued conversations and CUDA graphs.
 
         Args:
             input_ids (Tensor): The whole conversation so far, (B, L).
             pixel_values (Tensor, optional): Tiles of the tokens that the cache has not seen.
             past_key_values (HybridCache, optional): Cache of an earlier call; only newer tokens are read.
-            prefill_chunk_size (int, optional): Tokens per forward pass while reading the prompt.
+            prefill_chunk_size (int, optional): Tokens per forward pass while reading the prompt; prompts of more
+                than ``PREFILL_CHUNK`` tokens are read in chunks of that size in any case.
+            cuda_graph (bool | str): Replay the step of one token as a CUDA graph, captured once and kept with
+                its cache for later calls with as many rows. ``auto`` does so on a GPU for answers that may be
+                of ``GRAPH_TOKENS`` or more. Where there can be none (beams, growing keys, no GPU) decoding
+                goes without; asked for by True, that is said once.
             **kwargs: As for :meth:`transformers.GenerationMixin.generate`.
 
         Returns:
@@ -385,10 +495,10 @@ class HybridVLForCausalLM(HybridVLPreTrainedModel, GenerationMixin):
         if kwargs.get("attention_mask") is None:
             # transformers would guess padding from the pad id, which may be an ordinary token.
             kwargs["attention_mask"] = torch.ones_like(input_ids)
-        cache = HybridCache(self.config) if past_key_values is None else past_key_values
+        cache, keep = self._decoding_cache(input_ids, past_key_values, cuda_graph, kwargs)
         new = input_ids[:, cache.get_seq_length() : -1]
         has_images = pixel_values is not None and pixel_values.shape[0] > 0
-        if new.shape[1] and (has_images or prefill_chunk_size):
+        if new.shape[1] and (has_images or prefill_chunk_size or new.shape[1] > PREFILL_CHUNK):
             self.prefill(
                 new,
                 pixel_values=pixel_values,
@@ -396,7 +506,56 @@ class HybridVLForCausalLM(HybridVLPreTrainedModel, GenerationMixin):
                 past_key_values=cache,
                 chunk_size=prefill_chunk_size,
             )
-        return super().generate(input_ids, past_key_values=cache, **kwargs)
+        output = super().generate(input_ids, past_key_values=cache, **kwargs)
+        if keep:
+            _GRAPH_CACHES[self] = cache, addresses(self)
+        return output
+
+    def _decoding_cache(self, input_ids, cache, cuda_graph, kwargs):
+        """The cache to decode with, and whether to keep it for the next call, one per model."""
+
+        def option(name):
+            chosen = kwargs.get("generation_config") or self.generation_config
+            return kwargs.get(name) if kwargs.get(name) is not None else getattr(chosen, name, None)
+
+        batch, length = input_ids.shape
+        tokens = option("max_new_tokens") or max((option("max_length") or 0) - length, 0) or ROOM
+        if cache is None and (option("num_beams") or 1) > 1:
+            # Beams swap whole rows at every token, of which there had better be no more than what was seen.
+            cache = HybridCache(self.config)
+        reason = "it was not asked for" if not cuda_graph else self._graph_refusal(cache)
+        if cuda_graph == "auto" and tokens < GRAPH_TOKENS:
+            reason = "the answer is short"
+        if reason and cuda_graph is True:
+            refuse(f"no CUDA graph: {reason}")
+        # Whoever gets the cache back in the output keeps it, and several answers give it more rows.
+        keep = cache is None and not reason and not option("return_dict_in_generate")
+        keep = keep and (option("num_return_sequences") or 1) == 1
+        if cache is None and reason:
+            # Room for a long answer is made when it comes.
+            cache = HybridCache(self.config, max_length=length + min(tokens, ROOM))
+        elif cache is None:
+            cache, weights = _GRAPH_CACHES.pop(self, (None, None)) if keep else (None, None)
+            fits = cache is not None and cache.rows == batch and (cache.max_length or length + tokens) >= length + tokens
+            if not fits or weights != addresses(self):
+                # Room in steps, so that a slightly longer prompt finds the graph of the one before.
+                cache = HybridCache(self.config, max_length=-(-(length + tokens) // ROOM) * ROOM)
+            cache.reset()
+        cache.cuda_graph = not reason
+        if cache.cuda_graph and cache.graphs:
+            weights = addresses(self)
+            cache.graphs = {key: graph for key, graph in cache.graphs.items() if graph.weights == weights}
+        return cache, keep
+
+    def _graph_refusal(self, cache):
+        """str | None: Why single tokens can not be read by a CUDA graph."""
+        if self.device.type != "cuda" or len({p.device for p in self.parameters()}) > 1:
+            return "the model is not on one GPU"
+        if cache is not None and not cache.is_static:
+            return "the cache grows by concatenation, HybridCache(config, max_length=...) does not"
+        if self.training:
+            return "the model is in training mode"
+        return None
 
     def _expand_inputs_for_generation(self, expand_size=1, past_key_values=None, **kwargs):
         # transformers reads prompts only after this point and leaves the cache alone; ours may be filled.

@@ -37,6 +37,8 @@ def window_attention(q, k, v, *, window, token_mask=None, segment_ids=None, sink
         past = new.new_zeros(batch, reach, new.shape[-1])
     seen = torch.cat([past.to(new.dtype), new], dim=1)
     state = seen[:, seen.shape[1] - reach :]
+    if length == 1:
+        return _one_token(q, seen, sink, beyond), state
 
     # Blocks of Q queries, each with the Q + W - 1 keys that any of them may see.
     block = min(window, length)
@@ -69,3 +71,22 @@ def window_attention(q, k, v, *, window, token_mask=None, segment_ids=None, sink
     )
     output = output.unflatten(0, (batch, count)).transpose(2, 3).flatten(1, 2)
     return output[:, :length], state
+
+
+def _one_token(q, seen, sink, beyond):
+    """(B, 1, H, P): the last of W tokens, which sees them all as far as there were any."""
+    batch, _, heads, width = q.shape
+    keys, values, valid = seen.split([(seen.shape[-1] - 1) // 2] * 2 + [1], dim=-1)
+    visible = valid[..., 0] > 0
+    # Whatever it holds, the token sees itself, so that the softmax is not empty.
+    visible[:, -1] = True
+    keys, values = (t.unflatten(-1, (-1, width)) for t in (keys, values))
+    if sink is not None:
+        keys, values = (torch.cat([t, s.to(t.dtype).expand(batch, 1, -1, -1)], dim=1) for t, s in zip((keys, values), sink))
+        visible = torch.cat([visible, beyond.expand(batch, -1)], dim=1)
+    # The heads of a group stand where a sequence would, so that keys need not be repeated.
+    grouped = q[:, 0].unflatten(1, (keys.shape[2], -1))
+    output = F.scaled_dot_product_attention(
+        grouped, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=visible[:, None, None]
+    )
+    return output.flatten(1, 2)[:, None]
