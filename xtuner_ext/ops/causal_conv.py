@@ -11,6 +11,7 @@ import importlib.util
 import torch
 import torch.nn.functional as F
 
+from .causal_conv_torch import torch_conv
 from .ssd import number_segments
 
 BACKENDS = ("auto", "torch", "cuda")
@@ -61,7 +62,7 @@ def causal_conv(
             raise ValueError("causal_conv backend 'cuda' takes no initial state and kernel widths 2, 3 and 4")
         y = _cuda_conv(x, weight, bias, activation, segment_ids)
     else:
-        y = _torch_conv(x, weight, bias, activation, segment_ids, initial_state)
+        y = torch_conv(x, weight, bias, activation, segment_ids, initial_state)
     if not return_final_state:
         return y
     return y, _final_state(x, weight.shape[1], initial_state)
@@ -85,25 +86,6 @@ def causal_conv_step(x, weight, bias=None, *, activation="silu", state):
     if bias is not None:
         y = y + bias
     return (F.silu(y) if activation else y), window[..., 1:]
-
-
-def _torch_conv(x, weight, bias, activation, segment_ids, initial_state):
-    length, width = x.shape[1], weight.shape[1]
-    past = x.new_zeros(x.shape[0], width - 1, x.shape[2])
-    if initial_state is not None:
-        past = initial_state.to(x.dtype).transpose(1, 2)
-    padded = torch.cat([past, x], dim=1)
-    # Shifted multiply-adds: for the narrow kernels used here cheaper than a transpose plus conv1d.
-    y = x * weight[:, -1]
-    for back in range(1, width):
-        tap = padded[:, width - 1 - back : width - 1 - back + length]
-        if segment_ids is not None:
-            before = torch.cat([segment_ids[:, :1].expand(-1, back), segment_ids[:, :-back]], dim=1)[:, :length]
-            tap = tap * (before == segment_ids)[..., None]
-        y = y + tap * weight[:, width - 1 - back]
-    if bias is not None:
-        y = y + bias
-    return F.silu(y) if activation else y
 
 
 def _cuda_conv(x, weight, bias, activation, segment_ids):
