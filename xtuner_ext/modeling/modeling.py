@@ -11,7 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 
-from ..ops.ssd import number_segments, segment_starts
+from ..ops.segments import number_segments, segment_starts
 from .cache import HybridCache
 from .configuration import HybridVLConfig
 from .mixers import FP32_PARAMETERS, MIXERS, Mamba2Mixer
