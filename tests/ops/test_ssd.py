@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tests.reference.ssd import naive_ssd
-from xtuner_ext.ops.ssd import ssd, ssd_step
+from xtuner_ext.ops.ssd import ssd
+from xtuner_ext.ops.ssd_step import ssd_step
 
 Q = 8
 LENGTHS = (1, Q - 1, Q, Q + 1, 3 * Q + 5)

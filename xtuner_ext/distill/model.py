@@ -21,7 +21,7 @@ from ..errors import UserError
 from ..modeling import Mamba2Mixer, PairedMixer, layer_types_from_attention
 from ..modeling.configuration import MixerConfig, check_layer_types
 from ..modeling.mixers import FP32_PARAMETERS
-from ..ops.ssd import segment_starts
+from ..ops.segments import segment_starts
 from .base import HybridModel
 from .layer_selection import read_selection
 from .local_backward import local_backward

@@ -11,7 +11,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager
 
 from ..ops.causal_conv import causal_conv, causal_conv_step
 from ..ops.decode_attention import decode_attention
-from ..ops.ssd import ssd, ssd_step
+from ..ops.ssd import ssd
+from ..ops.ssd_step import ssd_step
 from ..ops.window_attention import window_attention
 from .cache import WINDOW
 

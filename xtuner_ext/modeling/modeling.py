@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 
-from ..ops.ssd import number_segments, segment_starts
+from ..ops.segments import number_segments, segment_starts
 from .cache import HybridCache
 from .configuration import HybridVLConfig
 from .graphs import addresses, refuse, replay

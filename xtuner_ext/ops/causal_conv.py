@@ -5,15 +5,13 @@ Axis letters: B batch, L length, D channels, W kernel width.
     y_t = act( bias + sum_w weight[:, w] * x_{t - (W - 1) + w} )
 """
 
-import importlib
-import importlib.util
-
 import torch
 import torch.nn.functional as F
 
-from .ssd import number_segments
-
-BACKENDS = ("auto", "torch", "cuda")
+from .causal_conv_kernels import cuda_conv, fla_conv, native_conv
+from .causal_conv_torch import torch_conv
+from .choice import Backends, Kernel, recording, run_detached, up_to
+from .segments import number_segments
 
 
 def causal_conv(
@@ -35,33 +33,36 @@ def causal_conv(
         bias (Tensor, optional): (D,).
         activation (str | None): ``silu`` or None.
         segment_ids (Tensor, optional): Integers (B, L); taps do not cross a change.
-        initial_state (Tensor, optional): The W-1 inputs before the first token, (B, D, W-1).
+        initial_state (Tensor, optional): The W-1 inputs before the first token, (B, D, W-1). They belong to its
+            segment.
         return_final_state (bool): Also return the last W-1 inputs, (B, D, W-1).
-        backend (str): ``auto``, ``torch`` or ``cuda`` (causal-conv1d).
+        backend (str): ``torch``, ``native`` (our own Triton kernels), ``cuda`` (causal-conv1d), ``fla``
+            (flash-linear-attention) or ``auto``: on CUDA the fastest of the installed kernels that agree with torch,
+            timed once for every size of call (see ``choice``), elsewhere torch. The environment variable XTUNER_EXT_CONV_BACKEND says what ``auto`` is.
 
     Returns:
         Tensor | tuple[Tensor, Tensor]: y (B, L, D); with ``return_final_state`` also the state.
 
     Raises:
-        ValueError: For an unknown activation or backend, or one that cannot do what is asked.
+        ValueError: For an unknown activation or backend, or a named one that cannot do what is asked.
+        RuntimeError: For a named backend that does not agree with torch on this machine.
     """
     if activation not in ("silu", None):
         raise ValueError(f"unknown activation {activation!r} of causal_conv, expected 'silu' or None")
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown causal_conv backend {backend!r}, expected one of {', '.join(BACKENDS)}")
     if segment_ids is not None:
         segment_ids = number_segments(segment_ids)
-    # The kernel covers widths 2-4 and takes segment ids only without an initial state.
-    plain = initial_state is None and weight.shape[1] in (2, 3, 4)
-    if backend == "auto":
-        available = x.is_cuda and plain and importlib.util.find_spec("causal_conv1d") is not None
-        backend = "cuda" if available else "torch"
-    if backend == "cuda":
-        if not plain:
-            raise ValueError("causal_conv backend 'cuda' takes no initial state and kernel widths 2, 3 and 4")
-        y = _cuda_conv(x, weight, bias, activation, segment_ids)
-    else:
-        y = _torch_conv(x, weight, bias, activation, segment_ids, initial_state)
+    tensors = dict(x=x, weight=weight, bias=bias, initial_state=initial_state)
+    options = dict(activation=activation, segment_ids=segment_ids)
+    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors.values())
+    call = CONV.choose(
+        backend,
+        x,
+        (weight.shape[1], bias is not None, segment_ids is not None, initial_state is not None),
+        _case(x, weight, segment_ids, trains),
+        _refusals(x, weight, segment_ids),
+        lambda implementation: run_detached(implementation, tensors, options, trains),
+    )
+    y = call(**tensors, **options)
     if not return_final_state:
         return y
     return y, _final_state(x, weight.shape[1], initial_state)
@@ -87,30 +88,50 @@ def causal_conv_step(x, weight, bias=None, *, activation="silu", state):
     return (F.silu(y) if activation else y), window[..., 1:]
 
 
-def _torch_conv(x, weight, bias, activation, segment_ids, initial_state):
-    length, width = x.shape[1], weight.shape[1]
-    past = x.new_zeros(x.shape[0], width - 1, x.shape[2])
-    if initial_state is not None:
-        past = initial_state.to(x.dtype).transpose(1, 2)
-    padded = torch.cat([past, x], dim=1)
-    # Shifted multiply-adds: for the narrow kernels used here cheaper than a transpose plus conv1d.
-    y = x * weight[:, -1]
-    for back in range(1, width):
-        tap = padded[:, width - 1 - back : width - 1 - back + length]
-        if segment_ids is not None:
-            before = torch.cat([segment_ids[:, :1].expand(-1, back), segment_ids[:, :-back]], dim=1)[:, :length]
-            tap = tap * (before == segment_ids)[..., None]
-        y = y + tap * weight[:, width - 1 - back]
-    if bias is not None:
-        y = y + bias
-    return F.silu(y) if activation else y
+def _refusals(x, weight, segment_ids):
+    """dict[str, str]: Why a kernel cannot do what a call asks, by its name."""
+    refusals = {}
+    if weight.shape[1] not in (2, 3, 4) or x.shape[2] % 8:
+        refusals["cuda"] = (
+            f"takes kernels of 2 to 4 taps and a number of channels that 8 divides, not {weight.shape[1]} taps and "
+            f"{x.shape[2]} channels"
+        )
+    if segment_ids is not None and recording(x.device):
+        refusals["fla"] = "counts the segments of packed rows, which cannot be recorded in a graph"
+    return refusals
 
 
-def _cuda_conv(x, weight, bias, activation, segment_ids):
-    kernel = importlib.import_module("causal_conv1d").causal_conv1d_fn
-    seq_idx = None if segment_ids is None else segment_ids.to(torch.int32).contiguous()
-    # With seq_idx the kernel asks for a channel-last tensor, which x.transpose already is.
-    return kernel(x.transpose(1, 2), weight, bias, seq_idx=seq_idx, activation=activation).transpose(1, 2)
+def _case(x, weight, segment_ids, trains):
+    words = f"{x.shape[0]} x {up_to(x.shape[1])} tokens, {x.shape[2]} channels, {weight.shape[1]} taps"
+    return words + (", packed" if segment_ids is not None else "") + (", with gradients" if trains else "")
+
+
+def _probe(implementation, device, dtype, kind):
+    """dict[str, Tensor]: Output and gradients of a convolution of 256 tokens."""
+    width, with_bias, packed, with_state = kind
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    tensors = dict(x=normal(2, 128, 64), weight=normal(64, width))
+    if with_bias:
+        tensors["bias"] = normal(64)
+    if with_state:
+        tensors["initial_state"] = normal(2, 64, width - 1)
+    tensors = {name: t.requires_grad_() for name, t in tensors.items()}
+    ids = torch.tensor([[0] * 40 + [1] + [2] * 87, [0] * 100 + [1] * 28], device=device) if packed else None
+    y = implementation(**{"bias": None, "initial_state": None, **tensors}, activation="silu", segment_ids=ids)
+    gradients = torch.autograd.grad(y, list(tensors.values()), normal(*y.shape))
+    return {"y": y, **dict(zip((f"gradient of {name}" for name in tensors), gradients))}
+
+
+KERNELS = {
+    "native": Kernel(native_conv, "triton", "triton"),
+    "cuda": Kernel(cuda_conv, "causal-conv1d", "causal_conv1d"),
+    "fla": Kernel(fla_conv, "flash-linear-attention", "fla"),
+}
+CONV = Backends("causal_conv", torch_conv, KERNELS, _probe, "XTUNER_EXT_CONV_BACKEND")
 
 
 def _final_state(x, width, initial_state):

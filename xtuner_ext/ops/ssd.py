@@ -11,20 +11,15 @@ Per head the operation is, with ``delta_t = softplus(dt_t + dt_bias)``,
 ``delta = 0``: it leaves the state untouched, which is how padding is expressed.
 """
 
-import functools
-import importlib
-import importlib.util
-import logging
-
 import torch
-import torch.nn.functional as F
 
-logger = logging.getLogger(__name__)
+from .choice import Backends, Kernel, recording, run_detached, up_to
+from .segments import number_segments
+from .ssd_kernels import fla_ssd, native_ssd, triton_ssd
+from .ssd_torch import torch_ssd
 
-# Largest number of elements that 32-bit pointer arithmetic of the Triton kernels can address.
-INT32_ELEMENTS = 2**31
-
-BACKENDS = ("auto", "torch", "triton", "fla")
+# Widest heads and states that one block of our kernels holds.
+NATIVE_WIDTH = 128
 
 
 def ssd(
@@ -55,7 +50,9 @@ def ssd(
         initial_state (Tensor, optional): State before the first token, (B, H, P, N). It belongs to
             the segment of the first token.
         return_final_state (bool): Also return the state after the last token, in fp32.
-        backend (str): ``auto``, ``torch``, ``triton`` (mamba-ssm) or ``fla`` (flash-linear-attention).
+        backend (str): ``torch``, ``native`` (our own Triton kernels), ``triton`` (mamba-ssm), ``fla``
+            (flash-linear-attention) or ``auto``: on CUDA the fastest of the installed kernels that agree with torch,
+            timed once for every size of call (see ``choice``), elsewhere torch. The environment variable XTUNER_EXT_SSD_BACKEND says what ``auto`` is.
 
     Returns:
         Tensor | tuple[Tensor, Tensor]: y of x's shape and dtype; with ``return_final_state`` also the
@@ -64,65 +61,70 @@ def ssd(
     Raises:
         ValueError: For shapes that do not fit together, an unknown backend, or a named backend that
             cannot do what is asked.
+        RuntimeError: For a named backend that does not agree with torch on this machine.
     """
     _check_shapes(x, dt, A, B, C, dt_bias, segment_ids, initial_state)
     if segment_ids is not None:
         segment_ids = number_segments(segment_ids)
     # Under mixed precision norms and fp32 angles promote them, and kernels multiply one dtype with itself.
     B, C = B.to(x.dtype), C.to(x.dtype)
-    kwargs = dict(
-        dt_bias=dt_bias,
-        chunk_size=chunk_size,
-        segment_ids=segment_ids,
-        initial_state=initial_state,
-        return_final_state=return_final_state,
+    tensors = dict(x=x, dt=dt, A=A, B=B, C=C, dt_bias=dt_bias, initial_state=initial_state)
+    options = dict(chunk_size=chunk_size, segment_ids=segment_ids)
+    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors.values())
+    refusals = {}
+    if max(x.shape[3], B.shape[3]) > NATIVE_WIDTH:
+        refusals["native"] = f"has heads and states of up to {NATIVE_WIDTH}, not {x.shape[3]} x {B.shape[3]}"
+    if segment_ids is not None and recording(x.device):
+        refusals["fla"] = "counts the segments of packed rows, which cannot be recorded in a graph"
+    call = SSD.choose(
+        backend,
+        x,
+        (x.shape[3], B.shape[3]),
+        _case(x, B, C, trains, segment_ids),
+        refusals,
+        lambda implementation: run_detached(implementation, tensors, options, trains),
     )
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown ssd backend {backend!r}, expected one of {', '.join(BACKENDS)}")
-    if backend == "auto":
-        backend = _choose_backend(x, segment_ids, initial_state)
-    y, state = _IMPLEMENTATIONS[backend](x, dt, A, B, C, **kwargs)
+    y, state = call(**tensors, **options)
     return (y, state) if return_final_state else y
 
 
-def ssd_step(x, dt, A, B, C, *, dt_bias=None, state):
-    """Advance the recurrence by one token.
-
-    Args:
-        x (Tensor): (B, H, P).
-        dt (Tensor): (B, H).
-        A (Tensor): (H,), fp32.
-        B (Tensor): (B, G, N).
-        C (Tensor): (B, G', N).
-        dt_bias (Tensor, optional): (H,).
-        state (Tensor): (B, H, P, N), fp32.
-
-    Returns:
-        tuple[Tensor, Tensor]: y (B, H, P) in x's dtype and the new state in fp32.
-    """
-    heads = x.shape[1]
-    delta = _delta(dt, dt_bias)
-    B, C = (_repeat_groups(t, heads, dim=1).float() for t in (B, C))
-    decay = torch.exp(delta * A)[..., None, None]
-    state = decay * state.float() + (delta[..., None] * x.float())[..., None] * B[:, :, None]
-    return torch.einsum("bhpn,bhn->bhp", state, C).to(x.dtype), state
+def _case(x, B, C, trains, segment_ids):
+    words = f"{x.shape[0]} x {up_to(x.shape[1])} tokens, {x.shape[2]} heads of {x.shape[3]} x {B.shape[3]}"
+    words += f" in {B.shape[2]} and {C.shape[2]} groups"
+    return words + (", packed" if segment_ids is not None else "") + (", with gradients" if trains else "")
 
 
-def number_segments(segment_ids):
-    """Number the segments of every row 0, 1, 2, ..., so that an id that comes back joins nothing.
+def _probe(implementation, device, dtype, kind):
+    """dict[str, Tensor]: Outputs and gradients of a scan of 256 tokens in several segments from a state."""
+    width, state_width = kind
+    generator = torch.Generator().manual_seed(0)
 
-    Args:
-        segment_ids (Tensor): Integers (B, L); a segment starts where they change.
+    def normal(*shape):
+        return torch.randn(shape, generator=generator)
 
-    Returns:
-        Tensor: (B, L), int64.
-    """
-    return segment_starts(segment_ids).cumsum(-1) - 1
+    tensors = dict(
+        x=normal(2, 128, 2, width).to(dtype),
+        dt=normal(2, 128, 2),
+        A=-torch.tensor([0.2, 1.0]),
+        B=normal(2, 128, 1, state_width).to(dtype) / state_width**0.5,
+        C=normal(2, 128, 2, state_width).to(dtype),
+        dt_bias=normal(2) - 2,
+        initial_state=normal(2, 2, width, state_width),
+    )
+    tensors = {name: t.to(device).requires_grad_() for name, t in tensors.items()}
+    ids = torch.tensor([[0] * 40 + [1] * 3 + [2] * 85, [0] * 100 + [1] * 28], device=device)
+    y, state = implementation(**tensors, chunk_size=64, segment_ids=ids)
+    loss = sum((t.float() * normal(*t.shape).to(device)).sum() for t in (y, state))
+    names = [f"gradient of {name}" for name in tensors]
+    return {"y": y, "final state": state, **dict(zip(names, torch.autograd.grad(loss, list(tensors.values()))))}
 
 
-def segment_starts(segment_ids):
-    """Tensor: Boolean (B, L), True at the first token of every segment of ``segment_ids`` (B, L)."""
-    return F.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0), value=True)
+KERNELS = {
+    "native": Kernel(native_ssd, "triton", "triton"),
+    "triton": Kernel(triton_ssd, "mamba-ssm", "mamba_ssm"),
+    "fla": Kernel(fla_ssd, "flash-linear-attention", "fla"),
+}
+SSD = Backends("ssd", torch_ssd, KERNELS, _probe, "XTUNER_EXT_SSD_BACKEND")
 
 
 def _check_shapes(x, dt, A, B, C, dt_bias, segment_ids, initial_state):
@@ -147,131 +149,3 @@ def _check_shapes(x, dt, A, B, C, dt_bias, segment_ids, initial_state):
             )
     if B.shape[-1] != C.shape[-1]:
         raise ValueError(f"ssd: C has {C.shape[-1]} state channels, B has {B.shape[-1]}")
-
-
-def _delta(dt, dt_bias):
-    dt = dt.float()
-    return F.softplus(dt if dt_bias is None else dt + dt_bias.float())
-
-
-def _repeat_groups(tensor, heads, dim):
-    groups = tensor.shape[dim]
-    return tensor if groups == heads else tensor.repeat_interleave(heads // groups, dim=dim)
-
-
-def _torch_ssd(x, dt, A, B, C, *, dt_bias, chunk_size, segment_ids, initial_state, return_final_state):
-    """Readable twin: a loop over chunks that carries the state; decays and states stay in fp32."""
-    batch, length, heads, width = x.shape
-    dtype = x.dtype
-    delta = _delta(dt, dt_bias)
-    # Head-major (B, H, L, .) so that every product below is one batched matrix multiplication.
-    B, C = (_repeat_groups(t, heads, dim=2).transpose(1, 2) for t in (B, C))
-    x = (x * delta[..., None].to(dtype)).transpose(1, 2)
-    log_decay = (delta * A.float()).clamp(max=0).transpose(1, 2)
-    state = None if initial_state is None else initial_state.float()
-    previous_segment = None if segment_ids is None else segment_ids[:, 0]
-
-    # torch.split, not slicing: the backward of slices inside a loop is quadratic in the chunk count.
-    segments = [None] * len(x.split(chunk_size, 2)) if segment_ids is None else segment_ids.split(chunk_size, 1)
-    outputs = []
-    for x_c, B_c, C_c, log_decay_c, segment_c in zip(
-        x.split(chunk_size, 2), B.split(chunk_size, 2), C.split(chunk_size, 2), log_decay.split(chunk_size, 2), segments
-    ):
-        size = x_c.shape[2]
-        total = log_decay_c.cumsum(-1)
-        causal = torch.ones(size, size, dtype=torch.bool, device=x.device).tril()
-        if segment_c is not None:
-            causal = (causal & (segment_c[:, :, None] == segment_c[:, None, :]))[:, None]
-        # Masked before exp: a positive difference above the diagonal would overflow, and its
-        # gradient would be NaN even where the mask later discards it.
-        pairwise = (total[..., :, None] - total[..., None, :]).masked_fill(~causal, -torch.inf)
-        # 1. Inside the chunk: attention-like product with the decay mask.
-        scores = (C_c @ B_c.transpose(-1, -2)) * pairwise.exp().to(dtype)
-        y = scores @ x_c
-        # 2. What the carried state adds, decayed from the chunk's start.
-        from_start = total.exp()
-        to_end = (total[..., -1:] - total).exp()
-        keep = total[..., -1].exp()
-        if segment_c is not None:
-            from_start = from_start * (segment_c == previous_segment[:, None])[:, None]
-            to_end = to_end * (segment_c == segment_c[:, -1:])[:, None]
-            keep = keep * (segment_c[:, -1] == previous_segment)[:, None]
-            previous_segment = segment_c[:, -1]
-        if state is not None:
-            y = y + (C_c @ state.to(dtype).transpose(-1, -2)) * from_start[..., None].to(dtype)
-        outputs.append(y)
-        # 3. The state at the chunk's end.
-        update = ((x_c * to_end[..., None].to(dtype)).transpose(-1, -2) @ B_c).float()
-        state = update if state is None else state * keep[..., None, None] + update
-    return torch.cat(outputs, dim=2).transpose(1, 2), state
-
-
-def _triton_ssd(x, dt, A, B, C, *, dt_bias, chunk_size, segment_ids, initial_state, return_final_state):
-    """mamba-ssm's ``mamba_chunk_scan_combined``."""
-    kernel = importlib.import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
-    if max(t.numel() for t in (x, B, C)) >= INT32_ELEMENTS:
-        raise ValueError(
-            f"ssd backend 'triton' addresses at most 2**31 elements, x has {x.numel()}: use chunked prefill or 'fla'"
-        )
-    # The kernel takes one group count for B and C.
-    heads = x.shape[2]
-    if B.shape[2] != C.shape[2]:
-        B, C = (_repeat_groups(t, heads, dim=2) for t in (B, C))
-    y, state = kernel(
-        x.contiguous(),
-        dt.contiguous(),
-        A.float(),
-        B.contiguous(),
-        C.contiguous(),
-        max(chunk_size, 16),
-        dt_bias=None if dt_bias is None else dt_bias.float(),
-        dt_softplus=True,
-        seq_idx=None if segment_ids is None else segment_ids.to(torch.int32).contiguous(),
-        initial_states=initial_state,
-        return_final_states=True,
-    )
-    return y, state.float()
-
-
-def _fla_ssd(x, dt, A, B, C, *, dt_bias, chunk_size, segment_ids, initial_state, return_final_state):
-    """flash-linear-attention's simple gated linear attention, with delta folded into x and the gate."""
-    if segment_ids is not None:
-        raise ValueError("ssd backend 'fla' takes packed rows as cu_seqlens, not as segment_ids: use 'torch' or 'triton'")
-    kernel = importlib.import_module("fla.ops.simple_gla").chunk_simple_gla
-    heads = x.shape[2]
-    B, C = (_repeat_groups(t, heads, dim=2) for t in (B, C))
-    delta = _delta(dt, dt_bias)
-    # fla keeps its state as (B, H, N, P).
-    y, state = kernel(
-        C.contiguous(),
-        B.contiguous(),
-        (x * delta[..., None].to(x.dtype)).contiguous(),
-        g=delta * A.float(),
-        scale=1.0,
-        initial_state=None if initial_state is None else initial_state.transpose(-1, -2).contiguous(),
-        output_final_state=True,
-    )
-    return y, state.transpose(-1, -2).float()
-
-
-_IMPLEMENTATIONS = {"torch": _torch_ssd, "triton": _triton_ssd, "fla": _fla_ssd}
-
-
-def _choose_backend(x, segment_ids, initial_state):
-    if not x.is_cuda:
-        return "torch"
-    for name, module in (("triton", "mamba_ssm"), ("fla", "fla")):
-        if importlib.util.find_spec(module) is None or (name == "fla" and segment_ids is not None):
-            continue
-        if name == "triton" and x.numel() >= INT32_ELEMENTS:
-            continue
-        _announce(name)
-        return name
-    _announce("torch")
-    return "torch"
-
-
-@functools.lru_cache(maxsize=None)
-def _announce(name):
-    hint = "" if name != "torch" else " (correct but slower; pip install mamba-ssm or flash-linear-attention)"
-    logger.info(f"ssd backend: {name}{hint}")

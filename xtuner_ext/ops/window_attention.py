@@ -6,7 +6,7 @@ Axis letters: B batch, L length, H query heads, G key/value heads, P head width,
 import torch
 import torch.nn.functional as F
 
-from .ssd import number_segments
+from .segments import number_segments
 
 
 def window_attention(q, k, v, *, window, token_mask=None, segment_ids=None, sink=None, beyond=None, past=None):

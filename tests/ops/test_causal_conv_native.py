@@ -11,7 +11,7 @@ import torch
 CASES = """
 import itertools, torch
 from xtuner_ext.ops.causal_conv import causal_conv
-from xtuner_ext.ops.causal_conv_triton import triton_conv
+from xtuner_ext.ops.causal_conv_native import native_conv
 
 device, tolerance = {device!r}, {tolerance}
 generator = torch.Generator().manual_seed(0)
@@ -33,7 +33,7 @@ for shape, width, packed, continued, activation in itertools.product(
         initial_state=inputs[3] if continued else None,
     )
     loss_weight = torch.randn(*shape, generator=generator).to(device)
-    expected, found = causal_conv(*inputs[:3], **options, backend="torch"), triton_conv(*inputs[:3], **options)
+    expected, found = causal_conv(*inputs[:3], **options, backend="torch"), native_conv(*inputs[:3], **options)
     expected = [expected, *torch.autograd.grad((expected * loss_weight).sum(), inputs)]
     found = [found, *torch.autograd.grad((found * loss_weight).sum(), inputs)]
     for name, twin, fast in zip(("y", "x", "weight", "bias", "initial_state"), expected, found):

@@ -11,7 +11,7 @@ import torch
 CASES = """
 import itertools, torch
 from xtuner_ext.ops.ssd import number_segments, ssd
-from xtuner_ext.ops.ssd_triton import triton_ssd
+from xtuner_ext.ops.ssd_native import native_ssd
 
 device, tolerance = {device!r}, {tolerance}
 NAMES = ("y", "final_state", "x", "dt", "A", "B", "C", "dt_bias", "initial_state")
@@ -41,7 +41,7 @@ for (batch, length, heads, groups_B, groups_C, width, state), packed, continued 
     found = {{}}
     for name, scan in (
         ("twin", lambda *a, **k: ssd(*a, **k, backend="torch", chunk_size=16, return_final_state=True)),
-        ("triton", lambda *a, **k: triton_ssd(*a, **k, chunk_size={chunk_size})),
+        ("triton", lambda *a, **k: native_ssd(*a, **k, chunk_size={chunk_size})),
     ):
         outputs = scan(*inputs[:5], **options)
         loss = sum((output * weight).sum() for output, weight in zip(outputs, weights))
@@ -74,7 +74,7 @@ def test_agrees_with_the_twin_on_a_gpu(chunk_size):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_addresses_more_than_two_to_the_31_elements():
     from xtuner_ext.ops.ssd import ssd
-    from xtuner_ext.ops.ssd_triton import triton_ssd
+    from xtuner_ext.ops.ssd_native import native_ssd
 
     length, heads, width = 1_050_000, 16, 128
     generator = torch.Generator("cuda").manual_seed(0)
@@ -86,7 +86,7 @@ def test_addresses_more_than_two_to_the_31_elements():
     B = draw(1, length, 1, width)
     assert x.numel() > 2**31
     with torch.no_grad():
-        y, state = triton_ssd(x, dt, A, B, B)
+        y, state = native_ssd(x, dt, A, B, B)
         # With these decays nothing older than 1,000 tokens is left.
         tail = slice(length - 4096, length)
         expected, final = ssd(

@@ -16,10 +16,6 @@ import torch
 import triton
 import triton.language as tl
 
-# Widest head and state that fit one block.
-MAX_WIDTH = 128
-
-
 @triton.jit
 def _softplus(z):
     # log1p by Kahan's correction: plain log(1 + e) is off by 1e-4 at time steps of 1e-3.
@@ -352,7 +348,7 @@ class _Shape:
         return self.carry(self.outer(x, B, decays["to_end"]), decays["keep"], first, x.dtype)
 
 
-def triton_ssd(x, dt, A, B, C, *, dt_bias=None, segment_ids=None, initial_state=None, chunk_size=None):
+def native_ssd(x, dt, A, B, C, *, dt_bias=None, segment_ids=None, initial_state=None, chunk_size=None):
     """The scan of :func:`~.ssd.ssd`; arguments as there.
 
     Args:
@@ -360,12 +356,7 @@ def triton_ssd(x, dt, A, B, C, *, dt_bias=None, segment_ids=None, initial_state=
 
     Returns:
         tuple[Tensor, Tensor]: y and the final state in fp32.
-
-    Raises:
-        ValueError: For heads or states wider than 128.
     """
-    if max(x.shape[-1], B.shape[-1]) > MAX_WIDTH:
-        raise ValueError(f"heads of width {x.shape[-1]} and states of width {B.shape[-1]}, at most {MAX_WIDTH} fit")
     x, B, C = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, B, C))
     segment_ids = None if segment_ids is None else segment_ids.to(torch.int32).contiguous()
     if chunk_size is None:

@@ -161,7 +161,7 @@ def _past_gradient(dz, weight, segments, past):
     return out.to(past.dtype)
 
 
-def triton_conv(x, weight, bias=None, activation="silu", segment_ids=None, initial_state=None):
+def native_conv(x, weight, bias=None, activation="silu", segment_ids=None, initial_state=None):
     """The convolution of :func:`~.causal_conv.causal_conv`; arguments as there.
 
     Returns:

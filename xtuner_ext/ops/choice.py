@@ -1,0 +1,240 @@
+"""Which of several implementations of one operation runs: checked against the torch twin, then timed.
+
+Every process checks and times for itself. Ranks of a distributed job may therefore choose differently, which is
+harmless: no implementation communicates, and all agree with the twin up to rounding. Who needs the same bits in every
+run names a backend, in the call or in the operation's environment variable, or asks torch for deterministic
+algorithms: then the first one that passes the check is taken without timing.
+"""
+
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+import sys
+import time
+import types
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+# Share of the twin's norm by which a kernel's output or gradient may differ: bf16 and TF32 products, no more.
+TOLERANCE = 0.05
+REPETITIONS = 3
+
+
+class Kernel:
+    """An implementation that needs a package.
+
+    Args:
+        call (Callable): Runs it; takes what the twin takes.
+        package (str): What to install.
+        module (str): What that installs.
+    """
+
+    def __init__(self, call, package, module):
+        self.call, self.package, self.module = call, package, module
+
+    @functools.cached_property
+    def installed(self):
+        """bool: Whether the package is there."""
+        return find_package(self.module) is not None
+
+
+class Backends:
+    """The implementations of one operation.
+
+    Args:
+        operation (str): Its name in messages.
+        twin (Callable): The one in plain torch, named ``torch``; it does everything everywhere.
+        kernels (dict[str, Kernel]): The others by name, the preferred first. They run on CUDA.
+        probe (Callable): Takes a function, a device, a dtype and a ``kind``, runs the function on a small input and
+            returns its outputs and gradients by name.
+        variable (str): Environment variable that says what ``auto`` is on CUDA.
+    """
+
+    def __init__(self, operation, twin, kernels, probe, variable):
+        self.operation, self.twin, self.kernels, self.probe, self.variable = operation, twin, kernels, probe, variable
+        self.names = ("auto", "torch", *kernels)
+        self.faults, self.chosen = {}, {}
+
+    def choose(self, wanted, x, kind, case, refusals, run):
+        """Choose the implementation of a call.
+
+        Args:
+            wanted (str): A backend, or ``auto``.
+            x (Tensor): Gives device and dtype.
+            kind (tuple): What beside these a kernel may stumble over; each is checked once.
+            case (str): What else the time depends on, in words; each is timed once.
+            refusals (dict[str, str]): Why a kernel cannot do what this call asks, by name.
+            run (Callable): Runs the call with a given implementation, to time it.
+
+        Returns:
+            Callable: What to call.
+
+        Raises:
+            ValueError: For an unknown backend, or a named one that cannot do what is asked or is not installed.
+            RuntimeError: For a named one that fails its check.
+        """
+        if wanted == "auto":
+            # Kernels are CUDA's: a process that trains on a GPU still runs small things on the CPU.
+            wanted = (os.environ.get(self.variable) or "auto") if x.is_cuda else "torch"
+        if wanted not in self.names:
+            raise ValueError(f"unknown {self.operation} backend {wanted!r}, expected one of {', '.join(self.names)}")
+        if wanted == "torch":
+            return self.twin
+        key = (x.device, x.dtype, kind)
+        if wanted != "auto":
+            return self._named(wanted, key, refusals)
+        name = self.chosen.get((key, case))
+        if name is None or name in refusals:
+            able = [name for name, kernel in self.kernels.items() if name not in refusals and kernel.installed]
+            if recording(x.device):
+                # Nothing may be run or timed now, so what passed its check before; not remembered.
+                name = next((name for name in able if self.faults.get((name, key)) == ""), "torch")
+            else:
+                able = [name for name in able if not self._fault(name, key, warn=True)]
+                name = self.chosen[(key, case)] = self._fastest(able, x, case, run)
+        return self.twin if name == "torch" else self.kernels[name].call
+
+    def _named(self, name, key, refusals):
+        kernel, what = self.kernels[name], f"{self.operation} backend {name!r}"
+        if name in refusals:
+            raise ValueError(f"{what} {refusals[name]}")
+        if not kernel.installed:
+            raise ValueError(f"{what} needs {kernel.package}, which is not installed")
+        if not recording(key[0]) and (fault := self._fault(name, key)):
+            raise RuntimeError(f"{what} cannot be used: {fault}")
+        return kernel.call
+
+    def _fastest(self, able, x, case, run):
+        what = f"{self.operation} of {case} in {_word(x.dtype)} on {x.device}"
+        if not able:
+            packages = " or ".join(kernel.package for kernel in self.kernels.values())
+            logger.info(f"{what}: torch (correct but slower; {packages} would bring a kernel)")
+            return "torch"
+        if len(able) == 1 or torch.are_deterministic_algorithms_enabled():
+            logger.info(f"{what}: {able[0]}")
+            return able[0]
+        seconds = {}
+        for name in able:
+            try:
+                seconds[name] = timed(functools.partial(run, self.kernels[name].call), x.device)
+            except torch.OutOfMemoryError:
+                logger.info(f"{what}: no memory is left to time {name}")
+        best = min(seconds, key=seconds.get, default=able[0])
+        logger.info(f"{what}: {best} ({', '.join(f'{name} {1e3 * time:.2f} ms' for name, time in seconds.items())})")
+        return best
+
+    def _fault(self, name, key, warn=False):
+        """str: Why a kernel must not be used; empty where it agrees with the twin."""
+        if (name, key) not in self.faults:
+            fault = self.faults[(name, key)] = self._check(self.kernels[name].call, *key)
+            if fault and warn:
+                logger.warning(f"{self.operation} backend {name!r} is left out: {fault}")
+        return self.faults[(name, key)]
+
+    def _check(self, call, device, dtype, kind):
+        where = f"on {device} in {_word(dtype)}"
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            expected = self.probe(self.twin, device, dtype, kind)
+            try:
+                found = self.probe(call, device, dtype, kind)
+            # Whatever someone else's kernel raises, on whatever machine: the twin can do its work.
+            except Exception as error:
+                reason = next(iter(str(error).splitlines()), "")
+                return f"{where} it ends in {type(error).__name__}: {reason}"
+        for name, value in expected.items():
+            error = difference(found[name], value)
+            if not error <= TOLERANCE:
+                return f"{where} its {name} differs from the torch twin's by {error:.2g} of their norm"
+        return ""
+
+
+def difference(found, expected):
+    """float: Norm of the difference as a share of the expected one; nan where a number is not finite."""
+    found, expected = found.detach().double(), expected.detach().double()
+    return ((found - expected).norm() / expected.norm().clamp(min=1e-6)).item()
+
+
+def timed(run, device):
+    """float: Seconds of a call, the best of a few after one that compiles and tunes."""
+    run()
+    times = []
+    for _ in range(REPETITIONS):
+        torch.cuda.synchronize(device)
+        begun = time.perf_counter()
+        run()
+        torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - begun)
+    return min(times)
+
+
+def run_detached(implementation, tensors, options, trains):
+    """Run a call for its time alone: with its gradients where it trains, and without a trace in its graph.
+
+    Args:
+        implementation (Callable): Takes ``tensors`` and ``options`` by name; its first result is differentiated.
+        tensors (dict[str, Tensor | None]): Tensors.
+        options (dict): The rest.
+        trains (bool): Whether gradients are asked for.
+    """
+    with torch.set_grad_enabled(trains):
+        copies = {name: None if t is None else t.detach().requires_grad_(t.requires_grad) for name, t in tensors.items()}
+        result = implementation(**copies, **options)
+        y = result[0] if isinstance(result, tuple) else result
+        if trains:
+            leaves = [t for t in copies.values() if t is not None and t.requires_grad]
+            torch.autograd.grad(y, leaves, torch.ones_like(y), allow_unused=True)
+
+
+def recording(device):
+    """bool: Whether a graph is being recorded, so that no result can be looked at."""
+    return torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+
+
+def up_to(length):
+    """int: The power of two that is not below a length."""
+    return 1 << max(0, length - 1).bit_length()
+
+
+def find_package(name):
+    """ModuleSpec | None: Where a package lies; None also where it was blocked."""
+    try:
+        return importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        return None
+
+
+def import_part(package, module):
+    """Import a module of a package whose own ``__init__`` may need CUDA extensions that were never built.
+
+    Args:
+        package (str): The package.
+        module (str): Full name of the module in it.
+
+    Returns:
+        ModuleType: The module.
+
+    Raises:
+        ImportError: When the package is missing or the module itself cannot be imported.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        spec = find_package(package)
+        if package in sys.modules or spec is None:
+            raise
+    bare = types.ModuleType(package)
+    bare.__path__, bare.__spec__ = list(spec.submodule_search_locations), spec
+    sys.modules[package] = bare
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        del sys.modules[package]
+        raise
+
+
+def _word(dtype):
+    return str(dtype).removeprefix("torch.")
