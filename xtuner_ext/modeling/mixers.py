@@ -210,7 +210,7 @@ class Mamba2Mixer(nn.Module):
         weight, bias = self.conv1d.weight.squeeze(1).to(vkq.dtype), self.conv1d.bias.to(vkq.dtype)
         if cache is None:
             return causal_conv(vkq, weight, bias, activation=activation, segment_ids=segment_ids)
-        state = cache.get_conv_state(self.layer_idx)
+        state = cache.layers[self.layer_idx].conv_states[0]
         if state is not None and vkq.shape[1] == 1:
             output, state = causal_conv_step(vkq[:, 0], weight, bias, activation=activation, state=state)
             output = output[:, None]
