@@ -142,8 +142,9 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kind", ["linear", "windowed"])
-def test_reading_a_long_prompt_takes_no_larger_tensors(make_model, kind):
+def test_reading_a_long_prompt_takes_no_larger_tensors(make_model, kind, monkeypatch):
     """Of a model without attention; no chunk size is asked for."""
+    monkeypatch.setattr(modeling, "PREFILL_CHUNK", 128)
     model, largest = make_model(kind, layer_types=["linear_attention"] * 3), []
     for length in (4 * modeling.PREFILL_CHUNK, 8 * modeling.PREFILL_CHUNK):
         with LargestTensor() as found:
