@@ -192,8 +192,9 @@ class Growing(Runner):
         return self.model(self.token, past_key_values=cache, use_cache=True)
 
     def cache_bytes(self, context):
-        """int: Bytes that the filled cache holds."""
-        return self.static.cache_bytes(context)
+        """int: Bytes of the cache after a step that makes ``context`` tokens."""
+        layers = self.step(context - 1).past_key_values.layers
+        return sum(t.numel() * t.element_size() for layer in layers for t in (layer.keys, layer.values))
 
 
 def make_llama(config):

@@ -19,7 +19,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator  # noqa: E4
 COLOURS = {"teacher": "#444444", "hybrid": "#0072B2", "linear": "#D55E00"}
 CYCLE = ("#444444", "#D55E00", "#0072B2", "#009E73")
 STYLE = {
-    "font.size": 10, "lines.linewidth": 1.6, "font.family": "DejaVu Sans", "svg.fonttype": "path", "svg.hashsalt": "figures",
+    "font.size": 10, "font.family": "DejaVu Sans", "lines.linewidth": 1.6, "svg.fonttype": "path", "svg.hashsalt": "figures",
     "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#888888",
     "axes.grid": True, "grid.color": "#e6e6e6", "grid.linewidth": 0.7, "axes.axisbelow": True,
     "xtick.color": "#555555", "ytick.color": "#555555", "axes.titlesize": 11, "axes.titlelocation": "left",
@@ -56,8 +56,9 @@ def save(figure, args, name):
     """Write a figure."""
     path = args.out / f"{args.prefix}{name}.{args.format}"
     # Without a date, so that the same rows give the same file.
+    metadata = {"Date": None} if args.format == "svg" else None
     # Tight, as the lines' names stand outside of the axes.
-    figure.savefig(path, dpi=160, bbox_inches="tight", pad_inches=0.12, metadata={"Date": None} if args.format == "svg" else None)
+    figure.savefig(path, dpi=160, bbox_inches="tight", pad_inches=0.12, metadata=metadata)
     plt.close(figure)
     sys.stdout.write(f"{path}\n")
 
@@ -127,7 +128,10 @@ def _axes(title, x, y):
 
 def _thousands(axes, contexts):
     axes.set_xticks(contexts)
-    axes.set_xticklabels([f"{context // 1024}K" if context >= 1024 else str(context) for context in contexts])
+    # Names that would touch the one on their right are left out.
+    apart = [context * 1.4 < after for context, after in zip(contexts, [*contexts[1:], 1e9])]
+    names = [f"{context // 1024}K" if context >= 1024 else str(context) for context in contexts]
+    axes.set_xticklabels([name if shown else "" for name, shown in zip(names, apart)])
 
 
 def _steps(axes):
@@ -146,9 +150,8 @@ def _label(axes, ends, x):
         place = axes.transData.transform((x, y))
         last = max(place[1] * 72 / axes.figure.dpi, last + height)
         shift = last - place[1] * 72 / axes.figure.dpi
-        axes.annotate(
-            text, (x, y), xytext=(8, shift), textcoords="offset points", color=colour, va="center", annotation_clip=False
-        )
+        away = dict(xytext=(8, shift), textcoords="offset points", va="center", annotation_clip=False)
+        axes.annotate(text, (x, y), color=colour, **away)
 
 
 if __name__ == "__main__":
