@@ -23,8 +23,7 @@ PACKAGE = Path(__file__).parent.parent
 MODELLING_FILES = (
     *(f"modeling/{name}.py" for name in ("configuration", "cache", "graphs", "mixers", "vision", "vit", "modeling")),
     "modeling/processing.py",
-    *(f"ops/{name}.py" for name in ("ssd", "causal_conv", "window_attention")),
-    *(f"ops/{name}.py" for name in ("decode_attention", "decode_attention_triton")),
+    *(f"ops/{path.name}" for path in sorted((PACKAGE / "ops").glob("*.py")) if path.stem != "__init__"),
 )
 AUTO_MAP = {
     "AutoConfig": "configuration.HybridVLConfig",
