@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from xtuner_ext.modeling import HybridCache, modeling
+from xtuner_ext.modeling import HybridCache, graphs, modeling
 
 Q = 8
 IMAGE = 60
@@ -142,8 +142,9 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kind", ["linear", "windowed"])
-def test_reading_a_long_prompt_takes_no_larger_tensors(make_model, kind):
+def test_reading_a_long_prompt_takes_no_larger_tensors(make_model, kind, monkeypatch):
     """Of a model without attention; no chunk size is asked for."""
+    monkeypatch.setattr(modeling, "PREFILL_CHUNK", 128)
     model, largest = make_model(kind, layer_types=["linear_attention"] * 3), []
     for length in (4 * modeling.PREFILL_CHUNK, 8 * modeling.PREFILL_CHUNK):
         with LargestTensor() as found:
@@ -206,7 +207,7 @@ def replayed_on_the_cpu(monkeypatch):
             self.graph.logits = self.graph._step()
 
     monkeypatch.setattr(modeling.HybridVLForCausalLM, "_graph_refusal", lambda *_: None)
-    monkeypatch.setattr("xtuner_ext.modeling.graphs.DecodeGraph._capture", lambda graph: setattr(graph, "graph", Replay(graph)))
+    monkeypatch.setattr(graphs.DecodeGraph, "_record", lambda graph: setattr(graph, "graph", Replay(graph)))
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request, monkeypatch):
@@ -277,8 +278,9 @@ def test_graphs_go_with_sampling_penalties_and_stopping(model, device):
 
 def test_graphs_with_positions_that_scale(make_model, device):
     """Beyond the trained length every token changes all frequencies."""
-    rope = dict(rope_parameters={"rope_type": "dynamic", "rope_theta": 1000.0, "factor": 2.0}, max_position_embeddings=8)
-    model, ids = make_model("hybrid", **rope).to(device), make_ids(2, 5).to(device)
+    rope = {"rope_type": "dynamic", "rope_theta": 1000.0, "factor": 2.0}
+    model, ids = make_model("hybrid", rope_parameters=rope, max_position_embeddings=8), make_ids(2, 5)
+    model, ids = model.to(device), ids.to(device)
     assert torch.equal(generate(model, ids, **GRAPH), generate(model, ids, tokens=20, cuda_graph=False))
 
 
@@ -307,6 +309,21 @@ def test_a_graph_gives_the_logits_of_single_steps(model, dtype):
             expected, found = (model(token, past_key_values=cache).logits.float() for cache in (plain, graphed))
             assert (found - expected).norm() / expected.norm() < (1e-4 if dtype == torch.float32 else 0.05)
     assert [graph.graph is not None for graph in graphed.graphs.values()] == [True]
+
+
+def test_a_step_that_can_not_be_captured_is_taken_without(make_model, caplog, monkeypatch):
+    def fail(graph):
+        graph._step()
+        raise RuntimeError("operation not permitted when stream is capturing\nsomewhere")
+
+    replayed_on_the_cpu(monkeypatch)
+    monkeypatch.setattr(graphs.DecodeGraph, "_record", fail)
+    model, ids = make_model("hybrid"), make_ids(2, 5)
+    expected = generate(model, ids, tokens=20, cuda_graph=False)
+    for _ in range(2):
+        assert torch.equal(generate(model, ids, **GRAPH), expected)
+    said = [record.message for record in caplog.records if "captured" in record.message]
+    assert graphs.was_refused(model) and len(said) == 1 and "not permitted when stream is capturing);" in said[0]
 
 
 def test_asking_for_graphs_in_vain_is_said_once(make_model, caplog, monkeypatch):

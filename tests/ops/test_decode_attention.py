@@ -22,7 +22,8 @@ def inputs(rows, heads, groups, width, room, last, dtype, device="cpu"):
     def noise(*shape):
         return torch.randn(*shape, generator=generator).to(device, dtype)
 
-    q, keys, values = noise(rows, heads, width), noise(rows, groups, room + 9, width)[:, :, :room], noise(rows, groups, room, width)
+    q, values = noise(rows, heads, width), noise(rows, groups, room, width)
+    keys = noise(rows, groups, room + 9, width)[:, :, :room]
     keys[:, :, last + 1 :], values[:, :, last + 1 :] = 1e4, 1e4
     mask = torch.ones(rows, room, dtype=torch.bool, device=device)
     mask[0, : last // 2] = False
@@ -44,7 +45,8 @@ def check(backend, device, tolerances):
             for seen in (None, mask):
                 found = decode_attention(q, keys, values, last, scale=shape[3] ** -0.5, mask=seen, backend=backend)
                 assert found.dtype == dtype and found.shape == q.shape
-                torch.testing.assert_close(found.double(), filled(q, keys, values, seen, last), rtol=tolerance, atol=tolerance)
+                expected = filled(q, keys, values, seen, last)
+                torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
 
 
 def test_the_twin_sees_the_filled_part_and_nothing_else():
@@ -55,7 +57,8 @@ def test_the_kernels_under_tritons_interpreter():
     if importlib.util.find_spec("triton") is None:
         pytest.skip("needs the package triton")
     # Triton reads the switch when it is imported, and its interpreter multiplies no bf16.
-    code = "import torch, test_decode_attention as t; t.check('triton', 'cpu', {torch.float32: 1e-4, torch.float16: 5e-3})"
+    code = "import torch, test_decode_attention as t\n"
+    code += "t.check('triton', 'cpu', {torch.float32: 1e-4, torch.float16: 5e-3})"
     folder = os.path.dirname(__file__)
     paths = os.pathsep.join([folder, os.path.dirname(os.path.dirname(folder)), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths}

@@ -9,8 +9,12 @@ import weakref
 
 import torch
 
+from .cache import StateLayer
+
 logger = logging.getLogger(__name__)
 
+# Models whose step could not be captured.
+_REFUSED = weakref.WeakSet()
 
 @dataclasses.dataclass
 class DecodeStep:
@@ -95,26 +99,28 @@ class DecodeGraph:
                 buffer.copy_(tensor)
 
     def _capture(self):
-        states = [state for layer in self.cache.layers if hasattr(layer, "tensors") for state in layer.tensors()]
+        states = [state for layer in self.cache.layers if isinstance(layer, StateLayer) for state in layer.tensors()]
         before = [state.clone() for state in states]
-        current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
         try:
-            aside.wait_stream(current)
-            with torch.cuda.stream(aside):
-                # Libraries allocate and kernels are compiled on first use, which a capture does not allow.
-                for _ in range(3):
-                    self._step()
-            current.wait_stream(aside)
-            graph = torch.cuda.CUDAGraph()
-            # Another thread may use the GPU meanwhile, such as one that loads images.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self.logits = self._step()
-            self.graph = graph
+            self._record()
         finally:
-            # The warm-up has read the token thrice; keys were overwritten with themselves.
-            current.wait_stream(aside)
+            # The warm-up has read the token too; keys it has only overwritten with themselves.
             for state, kept in zip(states, before):
                 state.copy_(kept)
+
+    def _record(self):
+        current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+        aside.wait_stream(current)
+        with torch.cuda.stream(aside):
+            # Libraries allocate and kernels are compiled on first use, which a capture does not allow.
+            for _ in range(3):
+                self._step()
+        current.wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        # Another thread may use the GPU meanwhile, such as one that loads images.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self.logits = self._step()
+        self.graph = graph
 
     def _step(self):
         model = self.model()
@@ -148,14 +154,22 @@ def replay(model, cache, input_ids, position_ids, attention_mask):
     if graph is None or graph.model() is not model:
         graph = cache.graphs[key] = DecodeGraph(model, cache, input_ids.shape[0], attention_mask is not None)
     try:
-        return graph.run(input_ids, position_ids, attention_mask)
+        # Kernels written in Triton are launched on the current device.
+        with torch.cuda.device_of(input_ids):
+            return graph.run(input_ids, position_ids, attention_mask)
     except RuntimeError as error:
         if graph.graph is not None:
             raise
         cache.graphs.clear()
         cache.cuda_graph = False
+        _REFUSED.add(model)
         refuse(f"the decoding step can not be captured as a CUDA graph ({str(error).splitlines()[0]})")
         return None
+
+
+def was_refused(model):
+    """bool: Whether a capture has failed before."""
+    return model in _REFUSED
 
 
 def refuse(reason, said=set()):

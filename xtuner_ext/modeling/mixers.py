@@ -66,7 +66,12 @@ class Attention(nn.Module):
             return output[:, None]
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        implementation = self.config._attn_implementation
+        if query.shape[2] == 1 and attention_mask is None and implementation == "sdpa" and not query.is_cuda:
+            # The heads of a group stand where a sequence would: on a CPU enable_gqa repeats all keys.
+            query = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
+            return F.scaled_dot_product_attention(query, key, value, scale=self.scaling).reshape(shape)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
         output, _ = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling)
         return output.reshape(shape)

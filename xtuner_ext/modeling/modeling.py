@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, Lla
 from ..ops.segments import number_segments, segment_starts
 from .cache import HybridCache
 from .configuration import HybridVLConfig
-from .graphs import addresses, refuse, replay
+from .graphs import addresses, refuse, replay, was_refused
 from .mixers import FP32_PARAMETERS, MIXERS, Mamba2Mixer
 from .vision import PatchVision
 from .vit import ViTVision
@@ -536,10 +536,11 @@ class HybridVLForCausalLM(HybridVLPreTrainedModel, GenerationMixin):
             cache = HybridCache(self.config, max_length=length + min(tokens, ROOM))
         elif cache is None:
             cache, weights = _GRAPH_CACHES.pop(self, (None, None)) if keep else (None, None)
-            fits = cache is not None and cache.rows == batch and (cache.max_length or length + tokens) >= length + tokens
+            wanted = length + tokens
+            fits = cache is not None and cache.rows == batch and (cache.max_length or wanted) >= wanted
             if not fits or weights != addresses(self):
                 # Room in steps, so that a slightly longer prompt finds the graph of the one before.
-                cache = HybridCache(self.config, max_length=-(-(length + tokens) // ROOM) * ROOM)
+                cache = HybridCache(self.config, max_length=-(-wanted // ROOM) * ROOM)
             cache.reset()
         cache.cuda_graph = not reason
         if cache.cuda_graph and cache.graphs:
@@ -555,6 +556,8 @@ class HybridVLForCausalLM(HybridVLPreTrainedModel, GenerationMixin):
             return "the cache grows by concatenation, HybridCache(config, max_length=...) does not"
         if self.training:
             return "the model is in training mode"
+        if was_refused(self):
+            return "capturing its step has failed before"
         return None
 
     def _expand_inputs_for_generation(self, expand_size=1, past_key_values=None, **kwargs):

@@ -82,7 +82,8 @@ def _one_token(q, seen, sink, beyond):
     visible[:, -1] = True
     keys, values = (t.unflatten(-1, (-1, width)) for t in (keys, values))
     if sink is not None:
-        keys, values = (torch.cat([t, s.to(t.dtype).expand(batch, 1, -1, -1)], dim=1) for t, s in zip((keys, values), sink))
+        first = [t.to(q.dtype).expand(batch, 1, -1, -1) for t in sink]
+        keys, values = torch.cat([keys, first[0]], dim=1), torch.cat([values, first[1]], dim=1)
         visible = torch.cat([visible, beyond.expand(batch, -1)], dim=1)
     # The heads of a group stand where a sequence would, so that keys need not be repeated.
     grouped = q[:, 0].unflatten(1, (keys.shape[2], -1))
