@@ -269,4 +269,6 @@ class HybridCache(Cache):
     def reset(self):
         """Forget everything."""
         super().reset()
+        # Until transformers 5.18 keys that grow by concatenation were only zeroed.
+        self.layers = [DynamicLayer() if type(layer) is DynamicLayer else layer for layer in self.layers]
         self.seen_tokens = 0
