@@ -24,6 +24,7 @@ model.update(
     layer_types=None,  # one word per layer, instead of attention_layers
     trainable="mixers",
     divergence=improved_divergence,
+    use_activation_checkpointing=False,  # recompute activations in the backward pass; rows of 512 tokens fit without
 )
 optim_wrapper["optimizer"].update(lr=lr)
 optim_wrapper["clip_grad"].update(max_norm=max_norm)
