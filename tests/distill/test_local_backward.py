@@ -3,6 +3,7 @@
 import gc
 import weakref
 
+import pytest
 import torch
 from torch import nn
 
@@ -17,20 +18,29 @@ def layers():
 def losses(model, x, early):
     for layer in model:
         if early:
-            yield local_backward(lambda layer=layer: (layer(x).sin().square().mean(), None), list(layer.parameters()))[0]
+            yield local_backward(lambda layer=layer: (layer(x).sin().float().square().mean() / 3, None), list(layer.parameters()))[0]
         else:
-            yield layer(x).sin().square().mean()
+            yield layer(x).sin().float().square().mean() / 3
 
 
-def test_gradients_and_loss_equal_those_of_one_backward_pass():
-    model, x = layers(), torch.randn(4, 8)
-    expected = 1000 * torch.stack(list(losses(model, x, early=False))).mean()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_and_loss_equal_those_of_one_backward_pass(dtype):
+    model, x = layers().to(dtype), torch.randn(4, 8, dtype=dtype)
+    expected = torch.stack(list(losses(model, x, early=False))).sum() / 8
     gradients = torch.autograd.grad(expected, list(model.parameters()))
-    loss = 1000 * torch.stack(list(losses(model, x, early=True))).mean()
+    loss = torch.stack(list(losses(model, x, early=True))).sum() / 8
     loss.backward()
     assert torch.equal(loss, expected)
     for parameter, gradient in zip(model.parameters(), gradients):
-        assert torch.allclose(parameter.grad, gradient, rtol=1e-4)
+        assert torch.equal(parameter.grad, gradient) and parameter.grad.dtype == dtype
+
+
+def test_a_factor_is_not_rounded_to_the_gradients_precision():
+    model, x = layers().to(torch.bfloat16), torch.randn(4, 8, dtype=torch.bfloat16)
+    exact = torch.autograd.grad(torch.stack(list(losses(model, x, early=True))).sum(), list(model.parameters()))
+    (torch.stack(list(losses(model, x, early=True))).sum() * 1.003).backward()
+    for parameter, gradient in zip(model.parameters(), exact):
+        assert torch.equal(parameter.grad, (gradient.float() * 1.003).bfloat16())
 
 
 def test_activations_are_gone_before_the_next_layer():

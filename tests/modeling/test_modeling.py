@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers.generation.streamers import BaseStreamer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from xtuner_ext.modeling import HybridCache, HybridVLConfig, HybridVLForCausalLM
 
@@ -132,6 +134,63 @@ def test_padding_of_a_packed_row_is_not_seen_and_sees_something(make_model, padd
     context = model.model.layer_context(model.embed(ids), mask, segment_ids=segments)
     seen = context["attention_mask"][0, 0]
     assert seen.any(-1).all() and not seen[3:, :3].any()
+
+
+@pytest.mark.parametrize("padding", ["none", "right"])
+def test_rows_without_left_padding_or_packing_build_no_mask(make_model, padding):
+    model, ids, mask = make_model("attention"), make_ids(2, 12), torch.ones(2, 12, dtype=torch.long)
+    if padding == "right":
+        mask[1, -5:] = 0
+    context = model.model.layer_context(model.embed(ids), mask)
+    assert context["attention_mask"] is None and context["packing"] is None
+    logits = model(ids, attention_mask=mask).logits
+    torch.testing.assert_close(logits[1:, :7], model(ids[1:, :7]).logits, **TOLERANCE)
+
+
+def test_left_padding_still_builds_one(make_model):
+    model, (ids, mask) = make_model("attention"), left_pad([make_ids(1, 12), make_ids(1, 7)])
+    assert model.model.layer_context(model.embed(ids), mask)["attention_mask"].shape == (2, 1, 12, 12)
+
+
+def attend_segments(module, query, key, value, attention_mask, scaling, dropout=0.0, **packing):
+    """What flash attention's kernel for unequal lengths does with transformers' arguments, one segment at a time."""
+    batch, heads, length, _ = query.shape
+    assert attention_mask is None and torch.equal(packing["cu_seq_lens_q"], packing["cu_seq_lens_k"])
+    query, key, value = (t.transpose(1, 2).flatten(0, 1)[None].transpose(1, 2) for t in (query, key, value))
+    parts, bounds = [], packing["cu_seq_lens_q"].tolist()
+    assert packing["max_length_q"] == packing["max_length_k"] == max(b - a for a, b in zip(bounds, bounds[1:]))
+    for begin, end in zip(bounds, bounds[1:]):
+        q, k, v = (t[:, :, begin:end] for t in (query, key, value))
+        parts.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True))
+    return torch.cat(parts, dim=2)[0].transpose(0, 1).unflatten(0, (batch, length)), None
+
+
+PACKED_MASKS = {"full": [0, 0], "padded at the end": [0, 4], "padded at the start": [3, 0]}
+
+
+@pytest.mark.parametrize("left, right", PACKED_MASKS.values(), ids=PACKED_MASKS)
+def test_flash_attention_learns_where_packed_samples_begin(make_model, left, right, monkeypatch):
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_twin", attend_segments)
+    model, ids, mask = make_model("hybrid"), make_ids(2, 14), torch.ones(2, 14, dtype=torch.long)
+    segments = torch.tensor([[5] * 3 + [0] * 4 + [5] * 7, [1] * 14])
+    mask[0, :left], mask[1, 14 - right :] = 0, 0
+    expected = model(ids, attention_mask=mask, segment_ids=segments).logits
+    model.config._attn_implementation = "flash_twin"
+    found = model(ids, attention_mask=mask, segment_ids=segments).logits
+    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], **TOLERANCE)
+
+
+@pytest.mark.gpu
+def test_flash_attention_keeps_packed_samples_apart(make_model):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    pytest.importorskip("flash_attn")
+    model, ids = make_model("attention").to("cuda", torch.bfloat16), make_ids(2, 14).cuda()
+    segments = torch.tensor([[5] * 3 + [0] * 4 + [5] * 7, [1] * 14]).cuda()
+    expected = model(ids, segment_ids=segments).logits
+    model.config._attn_implementation = "flash_attention_2"
+    found = model(ids, segment_ids=segments).logits
+    assert (found - expected).norm() < 0.03 * expected.norm()
 
 
 def test_no_loss_falls_on_the_first_token_of_a_packed_segment(make_model):

@@ -64,7 +64,7 @@ class HybridModel(BaseModel):
 
     def gradient_checkpointing_enable(self):
         """Recompute activations layer by layer in the backward pass."""
-        self.llm.gradient_checkpointing_enable()
+        self.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def gradient_checkpointing_disable(self):
         """Keep activations."""

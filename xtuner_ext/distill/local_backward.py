@@ -11,6 +11,9 @@ import torch
 def local_backward(compute, parameters):
     """Run a loss and, when gradients are on, its backward pass.
 
+    The gradients are those of keeping the graph, bit for bit, as long as what multiplies the loss afterwards is a
+    power of two; anything else belongs into ``compute``.
+
     Args:
         compute (callable): Takes nothing and returns a scalar loss and any further detached values.
         parameters (iterable[nn.Parameter]): The only parameters that the loss may reach.
@@ -40,5 +43,6 @@ class _LocalBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, outer):
-        gradients, ctx.gradients = ctx.gradients, None
-        return (None, *(gradient * outer.to(gradient.dtype) for gradient in gradients))
+        gradients, ctx.gradients = list(ctx.gradients), None
+        # In fp32, as an outer factor rounded to bf16 would bend every gradient; and one at a time.
+        return (None, *[(gradients.pop(0).float() * outer).to(dtype) for dtype in [g.dtype for g in gradients]])

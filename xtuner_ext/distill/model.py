@@ -8,6 +8,7 @@ so one forward pass gives all targets and no layer's gradient reaches another.
 
 import contextlib
 import functools
+import importlib.util
 
 import torch
 from torch import nn
@@ -25,7 +26,7 @@ from ..ops.segments import segment_starts
 from .base import HybridModel
 from .layer_selection import read_selection
 from .local_backward import local_backward
-from .losses import alignment_error, chunked_divergence
+from .losses import BACKENDS, check_backend, chunked_divergence, masked_error, token_errors
 from .stages import describe, fingerprint, load_previous_stage
 from .teacher_cache import TeacherCache, weights_digest
 from .top_k import top_k_divergence
@@ -42,12 +43,17 @@ TRAINABLE = {
 SCOPES = ("new", "mixers", "projections", "all")
 # Options of the losses with their defaults, and the words that some of them take.
 ALIGNMENT = {"scale": 1000.0, "normalise": False, "after_projection": False}
-DIVERGENCE = {"direction": "forward", "temperature": 1.0, "tokens": "answer", "reduction": "mean", "chunk_rows": 512}
+DIVERGENCE = {
+    **{"direction": "forward", "temperature": 1.0, "tokens": "answer", "reduction": "mean"},
+    **{"chunk_rows": None, "backend": "auto"},
+}
 WORDS = {
     "direction": ("forward", "reverse", "js"),
     "tokens": ("answer", "all"),
     "reduction": ("mean", "batchmean"),
+    "backend": BACKENDS,
 }
+PACKAGES = {"liger": "liger_kernel", "fla": "fla"}
 
 
 class DistillModel(HybridModel):
@@ -67,7 +73,10 @@ class DistillModel(HybridModel):
         alignment (dict, optional): Stages 1 and 2: ``scale`` and ``normalise`` of the layer loss, and
             ``after_projection`` to compare what the output projection makes of the heads.
         divergence (dict, optional): Stage 3: ``direction``, ``temperature``, ``tokens`` (``answer`` or
-            ``all``), ``reduction`` (``mean`` over tokens or ``batchmean``) and ``chunk_rows``.
+            ``all``), ``reduction`` (``mean`` over tokens or ``batchmean``), ``chunk_rows`` (None: as many as
+            fit a fixed number of bytes) and ``backend`` (``auto``, ``torch``, ``liger`` or ``fla``).
+        use_activation_checkpointing (bool): Stage 3: recompute the student's activations layer by layer in the
+            backward pass instead of keeping them.
         trainable_dtype (str, optional): Such as ``"float32"``, for weights that train beside frozen bf16
             ones under automatic mixed precision; the teacher's own when absent. Decay rates and time-step
             biases are fp32 in any case.
@@ -93,6 +102,7 @@ class DistillModel(HybridModel):
         trainable=None,
         alignment=None,
         divergence=None,
+        use_activation_checkpointing=False,
         trainable_dtype=None,
         pretrained_pth=None,
         teacher_cache=None,
@@ -109,8 +119,11 @@ class DistillModel(HybridModel):
         self.alignment = _options("alignment", ALIGNMENT, alignment)
         self.divergence = _options("divergence", DIVERGENCE, divergence)
         for key in ("temperature", "chunk_rows"):
-            if not self.divergence[key] > 0:
+            if self.divergence[key] is not None and not self.divergence[key] > 0:
                 raise UserError(f"model.divergence.{key} is {self.divergence[key]}, expected more than 0")
+        _check_backend(self.divergence)
+        if stage < 3 and use_activation_checkpointing:
+            raise UserError("model.use_activation_checkpointing is for stage 3: stages 1 and 2 keep one layer's activations")
         if stage < 3 and self.trainable == "projections" and not self.alignment["after_projection"]:
             raise UserError("model.trainable 'projections' needs alignment.after_projection=True before stage 3")
         if stage < 3 and teacher_cache is not None:
@@ -123,6 +136,8 @@ class DistillModel(HybridModel):
         self.teacher = BUILDER.build(llm) if self.trainable == "all" else None
         self._pair(Seeding.from_dict(seeding or {}), seed)
         self._freeze()
+        if use_activation_checkpointing:
+            self.gradient_checkpointing_enable()
         if trainable_dtype is not None:
             dtype = find_dtype(trainable_dtype, "model.trainable_dtype")
             for name, parameter in self.named_parameters():
@@ -256,7 +271,11 @@ class DistillModel(HybridModel):
                     parameter.requires_grad_(name.startswith(tuple(wanted)))
 
     def _alignment_loss(self, input_ids, pixel_values, inputs):
+        device = input_ids.device.type
+        if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
+            raise UserError("optim_wrapper.dtype is float16, expected bfloat16: stage 1 and 2 gradients precede loss scaling")
         decoder, normalise = self.llm.model, self.alignment["normalise"]
+        weight = self.alignment["scale"] / len(decoder.layers)
         # Attention's masks too, also after a measurement of the student.
         self.llm.config.layer_types = ["full_attention"] * len(decoder.layers)
         after_projection = self.alignment["after_projection"]
@@ -284,38 +303,42 @@ class DistillModel(HybridModel):
                     prediction = pair.mamba(normed, **layer_inputs)[:, :, None]
                 else:
                     prediction = pair.mamba.head_outputs(normed, **layer_inputs)
-                error = alignment_error(prediction, target, mask, normalise)
-                prediction = prediction.detach()
-                return error, {k: alignment_error(prediction, target, part, normalise) for k, part in kinds.items()}
+                error, energy = token_errors(prediction, target)
+                loss = masked_error(error, energy, mask, normalise)
+                error = error.detach()
+                by_kind = {kind: masked_error(error, energy, part, normalise) for kind, part in kinds.items()}
+                return weight * loss, (loss.detach(), by_kind)
 
             trained = [parameter for parameter in pair.mamba.parameters() if parameter.requires_grad]
-            error, by_kind = local_backward(align, trained)
+            error, (measures[f"align/layer_{index:02d}"], by_kind) = local_backward(align, trained)
             errors.append(error)
-            measures[f"align/layer_{index:02d}"] = error.detach()
             for kind, value in by_kind.items():
                 split[kind].append(value)
-            with torch.no_grad():
-                hidden = hidden + mixed
-                hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+            # No layer reads what the last one gives.
+            if index + 1 < len(decoder.layers):
+                with torch.no_grad():
+                    hidden = hidden + mixed
+                    hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
         for kind, values in split.items():
             measures[f"align/{kind}"] = torch.stack(values).mean()
-        return {"loss": self.alignment["scale"] * torch.stack(errors).mean(), **measures}
+        return {"loss": torch.stack(errors).sum(), **measures}
 
     def _divergence_loss(self, input_ids, labels, pixel_values, inputs, keys):
         rows = supervised_rows(input_ids, labels, inputs["attention_mask"], self.divergence["tokens"])
         options = {key: self.divergence[key] for key in ("direction", "temperature", "chunk_rows")}
+        count = max(1, int(rows.sum()))
+        divisor = count if self.divergence["reduction"] == "mean" else _count_samples(input_ids, **inputs)
         if self.teacher_cache is None:
-            student, teacher = self.final_states(input_ids, pixel_values, **inputs)
-            total, agreed = chunked_divergence(
-                student[rows], self.llm.lm_head.weight, teacher[rows], self.teacher_head, **options
-            )
+            student, teacher = (states[rows] for states in self.final_states(input_ids, pixel_values, **inputs))
+            targets = (teacher, self.teacher_head)
+            options["backend"] = self.divergence["backend"]
+            divergence = chunked_divergence
         else:
             student = self.student_states(input_ids, pixel_values, **inputs)[rows]
-            targets = self._cached_targets(keys, student)
-            total, agreed = top_k_divergence(student, self.llm.lm_head.weight, *targets, **options)
-        count = rows.sum().clamp(min=1)
-        loss = total / (count if self.divergence["reduction"] == "mean" else _count_samples(input_ids, **inputs))
-        return {"loss": loss, "kl_per_token": (total / count).detach(), "agreement": agreed / count}
+            targets, divergence = self._cached_targets(keys, student), top_k_divergence
+        loss, agreed = divergence(student, self.llm.lm_head.weight, *targets, scale=1 / divisor, **options)
+        measures = {"kl_per_token": loss.detach() * (divisor / count)}
+        return {"loss": loss, **measures} if agreed is None else {"loss": loss, **measures, "agreement": agreed / count}
 
     @functools.cached_property
     def _cache(self):
@@ -409,7 +432,20 @@ def _count_samples(input_ids, attention_mask, segment_ids):
     if segment_ids is None:
         return len(input_ids)
     starts = segment_starts(segment_ids)
-    return (starts if attention_mask is None else starts & attention_mask.bool()).sum()
+    return int((starts if attention_mask is None else starts & attention_mask.bool()).sum())
+
+
+def _check_backend(options):
+    backend = options["backend"]
+    try:
+        check_backend(backend, options["direction"], options["temperature"])
+    except ValueError as error:
+        raise UserError(f"model.divergence: {error}") from error
+    if backend in PACKAGES:
+        if importlib.util.find_spec(PACKAGES[backend]) is None:
+            raise UserError(f"model.divergence.backend is {backend!r}, whose package {PACKAGES[backend]} is not installed")
+        if not torch.cuda.is_available():
+            raise UserError(f"model.divergence.backend is {backend!r}, which needs a CUDA device and none is there")
 
 
 def _options(name, defaults, given):

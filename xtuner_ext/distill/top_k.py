@@ -10,7 +10,7 @@ Axis letters: R supervised rows, D model width, V vocabulary, K kept tokens.
 import torch
 import torch.nn.functional as F
 
-from .losses import DIRECTIONS
+from .losses import DIRECTIONS, HeadGradients, check_backend, product, rows_per_chunk
 
 # Finite, so that an impossible token adds nothing instead of 0 * infinity; fp16 still holds it.
 LEAST = -1e4
@@ -37,7 +37,17 @@ def top_k_targets(hidden, head, k, temperature=1.0):
     return values.clamp_(min=LEAST), ids, rest.clamp_(min=LEAST)
 
 
-def top_k_divergence(student_hidden, student_head, values, ids, rest, direction="forward", temperature=1.0, chunk_rows=512):
+def top_k_divergence(
+    student_hidden,
+    student_head,
+    values,
+    ids,
+    rest,
+    direction="forward",
+    temperature=1.0,
+    chunk_rows=None,
+    scale=1.0,
+):
     """Sum of the divergences over rows, in chunks of rows as :func:`~xtuner_ext.distill.losses.chunked_divergence`.
 
     Args:
@@ -49,62 +59,65 @@ def top_k_divergence(student_hidden, student_head, values, ids, rest, direction=
         rest (Tensor): (R,); not looked at when K is V.
         direction (str): ``forward``, ``reverse`` or ``js``.
         temperature (float): See :func:`~xtuner_ext.distill.losses.logit_divergence`.
-        chunk_rows (int): Rows per chunk.
+        chunk_rows (int, optional): Rows per chunk; by default as many as ``CHUNK_BYTES`` hold.
+        scale (float): Multiplies the sum.
 
     Returns:
-        tuple[Tensor, Tensor]: The sum, and the number of rows where both models prefer the same token.
+        tuple[Tensor, Tensor]: The scaled sum, and the number of rows where both models prefer the same token.
 
     Raises:
         ValueError: For another direction.
     """
-    if direction not in DIRECTIONS:
-        raise ValueError(f"unknown direction {direction!r}, expected one of {', '.join(DIRECTIONS)}")
-    if torch.is_autocast_enabled(student_hidden.device.type):
-        dtype = torch.get_autocast_dtype(student_hidden.device.type)
+    check_backend("torch", direction, temperature)
+    device = student_hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
         student_hidden, student_head = student_hidden.to(dtype), student_head.to(dtype)
+    if chunk_rows is None:
+        chunk_rows = rows_per_chunk(student_head)
     return _TopKDivergence.apply(
-        student_hidden, student_head, values, ids, rest, direction, temperature, chunk_rows
+        student_hidden, student_head, values, ids, rest, direction, temperature, chunk_rows, scale
     )
 
 
 class _TopKDivergence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student_hidden, student_head, values, ids, rest, direction, temperature, chunk_rows):
-        wants_hidden, wants_head = ctx.needs_input_grad[:2]
-        total, agreed, hidden_gradients = student_hidden.new_zeros((), dtype=torch.float32), 0, []
-        head_gradient = torch.zeros_like(student_head, dtype=torch.float32) if wants_head else None
+    def forward(ctx, student_hidden, student_head, values, ids, rest, direction, temperature, chunk_rows, scale):
+        gradients = HeadGradients(student_hidden, student_head, ctx.needs_input_grad, temperature, scale)
+        total, agreed = student_hidden.new_zeros((), dtype=torch.float32), torch.zeros((), device=student_hidden.device)
         everything = ids.shape[-1] == len(student_head)
-        for rows, *targets in zip(*(t.split(chunk_rows) for t in (student_hidden, values, ids, rest))):
-            top, top_ids, others = targets
-            logits = (rows @ student_head.T).float().div_(temperature)
-            agreed = agreed + (logits.argmax(-1) == top_ids[:, 0]).sum()
-            # 1. Both models over k + 1 outcomes; the student's rest has a logit of its own, the others' logsumexp.
-            student, teacher = logits.gather(-1, top_ids), top.float()
-            if not everything:
-                logits.scatter_(-1, top_ids, -torch.inf)
-                merged = logits.logsumexp(-1, keepdim=True)
-                student, teacher = torch.cat([student, merged], -1), torch.cat([teacher, others[:, None].float()], -1)
-            value, gradient = DIRECTIONS[direction](F.log_softmax(student, -1), F.log_softmax(teacher, -1))
-            total = total + value.sum() * temperature**2
-            # 2. The gradient by that logit falls on the other tokens in proportion to their probability. The square
-            #    of the temperature stands over the one that divided the logits.
-            gradient = gradient.mul_(temperature)
-            if not everything:
-                logits.sub_(merged).exp_().mul_(gradient[:, -1:])
-            full = logits.scatter_(-1, top_ids, gradient[:, : top_ids.shape[-1]]).to(rows.dtype)
-            if wants_hidden:
-                hidden_gradients.append(full @ student_head)
-            if wants_head:
-                head_gradient += full.T @ rows
-        ctx.gradients = (torch.cat(hidden_gradients) if hidden_gradients else None, head_gradient)
-        ctx.head_dtype = student_head.dtype
-        agreed = torch.as_tensor(agreed, device=total.device)
+        rows = max(1, min(chunk_rows, len(student_hidden)))
+        buffer = student_hidden.new_empty(rows, len(student_head), dtype=torch.float32)
+        # Products below state their precision.
+        with torch.autocast(student_hidden.device.type, enabled=False):
+            for start in range(0, len(student_hidden), rows):
+                part = slice(start, start + rows)
+                hidden, top, top_ids, others = (t[part] for t in (student_hidden, values, ids, rest))
+                logits = buffer[: len(hidden)]
+                product(hidden, student_head.T, out=logits)
+                logits.div_(temperature)
+                agreed += (logits.argmax(-1) == top_ids[:, 0]).sum()
+                # 1. Both models over k + 1 outcomes; the student's rest has a logit of its own, the others' logsumexp.
+                student, teacher = logits.gather(-1, top_ids), top.float()
+                if not everything:
+                    logits.scatter_(-1, top_ids, -torch.inf)
+                    merged = logits.logsumexp(-1, keepdim=True)
+                    student = torch.cat([student, merged], -1)
+                    teacher = torch.cat([teacher, others[:, None].float()], -1)
+                student, teacher = F.log_softmax(student, -1), F.log_softmax(teacher, -1)
+                probabilities = student.exp(), teacher.exp()
+                # Normalised already.
+                value, gradient = DIRECTIONS[direction](student, teacher, *probabilities, *student.new_zeros(2, len(hidden)))
+                total += value.sum()
+                # 2. The gradient by that logit falls on the other tokens in proportion to their probability.
+                if not everything:
+                    logits.sub_(merged).exp_().mul_(gradient[:, -1:])
+                logits.scatter_(-1, top_ids, gradient[:, : top_ids.shape[-1]])
+                gradients.add(part, logits, hidden, student_head)
+        ctx.gradients = gradients
         ctx.mark_non_differentiable(agreed)
-        return total, agreed
+        return total * (temperature**2 * scale), agreed
 
     @staticmethod
     def backward(ctx, outer, _):
-        hidden, head = ctx.gradients
-        hidden = None if hidden is None else hidden * outer.to(hidden.dtype)
-        head = None if head is None else (head * outer).to(ctx.head_dtype)
-        return hidden, head, None, None, None, None, None, None
+        return *ctx.gradients.hand_out(outer), *[None] * 7

@@ -40,13 +40,16 @@ class Attention(nn.Module):
         self.scaling = self.head_dim**-0.5
         _add_projections(self, config)
 
-    def head_outputs(self, hidden_states, *, position_embeddings, attention_mask=None, cache=None, step=None, **_):
+    def head_outputs(
+        self, hidden_states, *, position_embeddings, attention_mask=None, packing=None, cache=None, step=None, **_
+    ):
         """Attend.
 
         Args:
             hidden_states (Tensor): Normalised layer input, (B, L, D).
             position_embeddings (tuple[Tensor, Tensor]): cos and sin, (B, L, P).
             attention_mask (Tensor, optional): Mask prepared by transformers for the attention backend.
+            packing (dict, optional): Where packed samples begin, as flash attention takes it.
             cache (HybridCache, optional): Keys and values seen before; updated.
             step (DecodeStep, optional): Where the single token's key goes, inside of a CUDA graph.
 
@@ -73,7 +76,8 @@ class Attention(nn.Module):
             return F.scaled_dot_product_attention(query, key, value, scale=self.scaling).reshape(shape)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
-        output, _ = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling)
+        options = {"dropout": dropout, "scaling": self.scaling, **(packing or {})}
+        output, _ = attend(self, query, key, value, attention_mask, **options)
         return output.reshape(shape)
 
     def forward(self, hidden_states, **context):

@@ -155,12 +155,10 @@ class HybridDecoder(HybridVLPreTrainedModel):
             dict: Keyword arguments of every layer.
 
         Raises:
-            ValueError: For packed rows together with a cache or with flash attention.
+            ValueError: For packed rows together with a cache.
         """
         length, device = inputs_embeds.shape[1], inputs_embeds.device
         seen = 0 if cache is None else cache.get_seq_length()
-        if segment_ids is not None and "flash" in (self.config._attn_implementation or ""):
-            raise ValueError("flash attention would let packed samples see each other: use attn_implementation='sdpa'")
         if segment_ids is not None and cache is not None:
             raise ValueError("segment_ids packs training rows and does not go with a decoding cache")
         if attention_mask is not None:
@@ -168,17 +166,23 @@ class HybridDecoder(HybridVLPreTrainedModel):
             attention_mask = None if attention_mask.all() else attention_mask
         if position_ids is None:
             position_ids = _positions(inputs_embeds, attention_mask, segment_ids, seen)
-        packed, key_mask = None, attention_mask
+        packed, packing, key_mask = None, None, attention_mask
+        if key_mask is not None and cache is None and (key_mask[:, 1:] <= key_mask[:, :-1]).all():
+            # No token sees those after it: padding at the end of rows needs no mask, which only slows kernels down.
+            key_mask = None
         if segment_ids is not None:
             groups = number_segments(segment_ids)
-            if attention_mask is not None:
+            if key_mask is not None:
                 # Padding sees padding, so that no token sees nothing, for which some kernels give NaN.
-                groups, key_mask = 2 * groups + attention_mask.long(), None
-            packed = _same_segment(groups)
+                groups, key_mask = 2 * groups + key_mask.long(), None
+            if "flash" in (self.config._attn_implementation or ""):
+                packing = _flash_packing(groups)
+            else:
+                packed = _same_segment(groups)
         causal_mask = None
         # A single token sees every key that is there.
         alone = cache is not None and length == 1 and attention_mask is None
-        if "full_attention" in self.config.layer_types and not alone:
+        if "full_attention" in self.config.layer_types and packing is None and not alone:
             causal_mask = create_causal_mask(
                 config=self.config,
                 inputs_embeds=inputs_embeds,
@@ -194,6 +198,7 @@ class HybridDecoder(HybridVLPreTrainedModel):
             "embedding_position_embeddings": embedding_angles,
             "position_ids": position_ids,
             "attention_mask": causal_mask,
+            "packing": packing,
             "token_mask": token_mask,
             "segment_ids": segment_ids,
             "cache": cache,
@@ -587,6 +592,14 @@ def _positions_from_segments(segment_ids):
     """Positions that restart at every segment, (B, L)."""
     index = torch.arange(segment_ids.shape[1], device=segment_ids.device).expand_as(segment_ids)
     return index - torch.where(segment_starts(segment_ids), index, 0).cummax(dim=1).values
+
+
+def _flash_packing(segment_ids):
+    """Segments of all rows end to end, as flash attention's kernel for unequal lengths takes them."""
+    starts = segment_starts(segment_ids).flatten().nonzero().flatten()
+    bounds = F.pad(starts, (0, 1), value=segment_ids.numel()).to(torch.int32)
+    longest = int(bounds.diff().max())
+    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
 
 
 def _same_segment(segment_ids):

@@ -44,6 +44,7 @@ model = dict(
     layer_types=None,  # one word per layer, instead of attention_layers
     trainable="projections",
     divergence=improved_divergence,
+    use_activation_checkpointing=False,  # recompute activations in the backward pass; this student fits without
     pretrained_pth=None,
     teacher_cache=None,  # folder that `xtuner-ext cache-teacher` wrote: the teacher then does not run
     seed=0,

@@ -44,6 +44,7 @@ model = dict(
     layer_types=None,  # one word per layer, instead of attention_layers
     trainable="mixers",
     divergence=reference_divergence,
+    use_activation_checkpointing=True,  # recompute activations in the backward pass: one layer's are kept, for a third more time
     trainable_dtype="float32",
     pretrained_pth=None,
     teacher_cache=None,  # folder that `xtuner-ext cache-teacher` wrote: the teacher then does not run

@@ -25,6 +25,7 @@ model.update(
     trainable="mixers",
     divergence=improved_divergence,
     teacher_cache=None,  # folder that `xtuner-ext cache-teacher` wrote: the teacher then does not run
+    use_activation_checkpointing=False,  # recompute activations in the backward pass; rows of 512 tokens fit without
 )
 optim_wrapper["optimizer"].update(lr=lr)
 optim_wrapper["clip_grad"].update(max_norm=max_norm)
