@@ -101,7 +101,7 @@ def test_an_accumulation_count_that_is_no_power_of_two_only_rounds(teacher, monk
     local = gradients(ours, accumulate=3)
     monkeypatch.setattr(distill_model, "local_backward", keep_graphs)
     for name, gradient in gradients(theirs, accumulate=3).items():
-        assert (local[name] - gradient).norm() <= 1e-6 * gradient.norm(), name
+        assert (local[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
 
 
 @pytest.mark.parametrize("kind, stage", [("ddp", 2), ("zero2", 1)], ids=["ddp", "deepspeed-zero2"])
