@@ -95,7 +95,8 @@ class ConversationDataset(Dataset):
             print_log(message, logger="current", level=logging.WARNING)
             return None
         size = self.processor.image_size
-        pixels = torch.cat(tiles) if tiles else torch.zeros(0, 3, size, size)
+        # Of one image there is nothing to join, and tiles are most of a sample's bytes.
+        pixels = tiles[0] if len(tiles) == 1 else torch.cat([torch.zeros(0, 3, size, size), *tiles])
         keys = [(self.fingerprints[source], int(line))]
         return {"input_ids": input_ids, "labels": labels, "pixel_values": pixels, "keys": keys}
 
@@ -115,7 +116,7 @@ class ConversationDataset(Dataset):
             with _readable(path, record.where), Image.open(path) as image:
                 tiles += self.processor.tile_count(image, limit)
         # Nothing merges with a visual token: one tile an image stands for all of them.
-        tokens = len(self._tokens(record, [1] * len(record.images))[0])
+        tokens = len(self._encode(record, [1] * len(record.images))[0])
         return tokens + self.processor.tokens_per_tile * (tiles - len(record.images))
 
     def _tile_limit(self, record, source):
@@ -124,6 +125,20 @@ class ConversationDataset(Dataset):
         return self.processor.tile_limit(len(record.images), self.sources[source][0].max_dynamic_patch)
 
     def _tokens(self, record, tile_counts):
+        ids, labels = self._encode(record, [1] * len(tile_counts))
+        if all(count == 1 for count in tile_counts):
+            return ids, labels
+        # A tokenizer takes its time over thousands of visual tokens, and all tiles of an image have the same.
+        visual = ids == self.processor.tokenizer.convert_tokens_to_ids(self.processor.image_context)
+        width = self.processor.tokens_per_tile
+        if visual.sum() != width * len(tile_counts):
+            # The text has such tokens of its own.
+            return self._encode(record, tile_counts)
+        repeats = torch.ones_like(ids)
+        repeats[visual] = torch.tensor(tile_counts).repeat_interleave(width)
+        return ids.repeat_interleave(repeats), labels.repeat_interleave(repeats)
+
+    def _encode(self, record, tile_counts):
         counts, turns = iter(tile_counts), []
         for question, answer in record.turns:
             here = [next(counts) for _ in range(question.count("<image>"))]
