@@ -75,7 +75,7 @@ def split_tiles(image, tile_size, min_tiles=1, max_tiles=12, use_thumbnail=True)
         list[Tensor]: uint8 (3, S, S), views of the resized image in row-major order.
     """
     columns, rows = tile_grid(*image.size, tile_size, min_tiles, max_tiles)
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    pixels = _pixels(image)
     resized = _resize(pixels, tile_size * rows, tile_size * columns)
     tiles = [tile for strip in resized.split(tile_size, dim=1) for tile in strip.split(tile_size, dim=2)]
     if use_thumbnail and len(tiles) > 1:
@@ -83,8 +83,12 @@ def split_tiles(image, tile_size, min_tiles=1, max_tiles=12, use_thumbnail=True)
     return tiles
 
 
+def _pixels(image):
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
 def _resize(pixels, height, width):
-    return F.interpolate(pixels, (height, width), mode="bicubic", antialias=True)[0]
+    return F.interpolate(pixels[None], (height, width), mode="bicubic", antialias=True)[0]
 
 
 def pad_square(image, size, colour):
@@ -191,10 +195,10 @@ class HybridVLProcessor:
             limit = self.max_tiles if max_tiles is None else max_tiles
             tiles = split_tiles(image, self.image_size, self.min_tiles, limit, self.use_thumbnail)
         else:
-            size = self.image_size
-            square = crop_square(image, size) if self.fit == "crop" else pad_square(image, size, _colour(mean))
-            tiles = [torch.from_numpy(np.array(square)).permute(2, 0, 1)]
-        # Bytes become floats as late as can be, tile by tile while they are in the processor's cache.
+            size, colour = self.image_size, tuple(int(255 * value) for value in mean)
+            square = crop_square(image, size) if self.fit == "crop" else pad_square(image, size, colour)
+            tiles = [_pixels(square)]
+        # Bytes become floats as late as can be, tile by tile while they are in the CPU's cache.
         pixels = torch.empty(len(tiles), 3, self.image_size, self.image_size)
         mean, std = (torch.tensor(values).mul(255).view(3, 1, 1) for values in (mean, std))
         for row, tile in zip(pixels, tiles):
@@ -223,12 +227,13 @@ class HybridVLProcessor:
             return turned
         return upright
 
-    def expand(self, text, tile_counts):
+    def expand(self, text, tile_counts, tokens_per_tile=None):
         """Replace every ``<image>`` by the tokens of its tiles.
 
         Args:
             text (str): Text with as many ``<image>`` as images.
             tile_counts (list[int]): Tiles per image.
+            tokens_per_tile (int, optional): Stand for a tile instead of all that it has.
 
         Returns:
             str: Text ready for the tokenizer.
@@ -243,7 +248,7 @@ class HybridVLProcessor:
             raise ValueError(f"the text has {len(parts) - 1} {IMAGE_PLACEHOLDER} placeholders for {len(tile_counts)} images")
         pieces = [parts[0]]
         for count, part in zip(tile_counts, parts[1:]):
-            context = self.image_context * (self.tokens_per_tile * count)
+            context = self.image_context * (count * (tokens_per_tile or self.tokens_per_tile))
             pieces += [self.image_start, context, self.image_end, part]
         return "".join(pieces)
 
@@ -333,10 +338,6 @@ def to_rgb(image):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
-
-
-def _colour(mean):
-    return tuple(int(255 * value) for value in mean)
 
 
 def _group_images(texts, images):
