@@ -1,7 +1,7 @@
 """python benchmarks/data.py --json: what a sample costs on its way from disk to the model, beside named peers.
 
-Photos of scikit-image in several sizes, as JPEG and PNG, and digits make InternVL's JSONL; all is measured in one run of
-this process, kinds taking turns, as the least CPU time of a few repetitions, one thread (workers: wall-clock).
+Photos of scikit-image in several sizes, as JPEG and PNG, and digits make InternVL's JSONL. All is measured in one run,
+kinds taking turns, as the least CPU time of a few repetitions with one thread; workers by the clock.
 
 * tiles: transformers' own processors for the same tiling, of which the values are compared too
 * one square a sample, as LLaVA has it: XTuner's LLaVADataset, its start-up, memory and samples
@@ -214,7 +214,8 @@ def squares(folder, photos, args):
         except EOFError:
             sys.exit(f"measuring {name} failed")
         process.join()
-    print(f"| {args.lines:,} lines, one square of {SQUARE} pixels a sample | start, CPU s | private memory, MiB | sample, CPU ms |")
+    what = f"{args.lines:,} lines, one square of {SQUARE} pixels a sample"
+    print(f"| {what} | start, CPU s | private memory, MiB | sample, CPU ms |")
     print("|---|---:|---:|---:|")
     for name, (opened, held, sample) in found.items():
         print(f"| {name} | {opened:.2f} | {held:.1f} | {1000 * sample:.1f} |")
@@ -241,7 +242,8 @@ def pipeline(folder, photos):
     found = {}
     for name, dataset in kinds.items():
         for workers in (1, 2):
-            loader = DataLoader(dataset, 4, num_workers=workers, collate_fn=conversation_collate, persistent_workers=True)
+            options = dict(num_workers=workers, persistent_workers=True)
+            loader = DataLoader(dataset, 4, collate_fn=conversation_collate, **options)
             # Once to start the workers.
             for _ in loader:
                 pass
@@ -277,18 +279,20 @@ def resuming(folder, repeats):
 
     dataset, size = ConversationDataset(folder / "digits" / "train.json", digits_processor(), "internlm2_chat"), 4
 
+    def batches(sampler):
+        return _InfiniteDataloaderIterator(DataLoader(dataset, size, sampler=sampler, collate_fn=conversation_collate))
+
     def ours(iteration):
         sampler = ResumableInfiniteSampler(dataset, seed=0)
         sampler.skip(iteration * size)
-        return next(_InfiniteDataloaderIterator(DataLoader(dataset, size, sampler=sampler, collate_fn=conversation_collate)))
+        return next(batches(sampler))
 
     def mmengines(iteration):
-        sampler = InfiniteSampler(dataset, seed=0)
-        batches = _InfiniteDataloaderIterator(DataLoader(dataset, size, sampler=sampler, collate_fn=conversation_collate))
+        iterator = batches(InfiniteSampler(dataset, seed=0))
         # As mmengine's IterBasedTrainLoop.run does.
         for _ in range(iteration):
-            next(batches)
-        return next(batches)
+            next(iterator)
+        return next(iterator)
 
     seconds = {name: [] for name in ("early", "late", "refetched", "skipped")}
     for _ in range(repeats):

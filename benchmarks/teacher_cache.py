@@ -1,8 +1,8 @@
-"""python benchmarks/teacher_cache.py --json: what a cache of the teacher costs, saves and loses, beside the teacher itself.
+"""python benchmarks/teacher_cache.py --json: what a cache of the teacher costs, saves and loses.
 
-Trains stages 1 and 2 of the digits once, then stage 3 with the teacher running and with caches of its k likeliest tokens,
-each with a few orders of the data: runs that differ in the last digit of a float alone end a fifth apart. Steps are timed
-forward and backward on the same batches, in turns, in CPU time; the median of the turns is printed.
+Trains stages 1 and 2 of the digits once, then stage 3 with the teacher running and with caches of its k likeliest
+tokens, each with a few orders of the data: runs that differ in the last digit of a float alone end a fifth apart. Steps
+are timed forward and backward on the same batches, in turns, in CPU time; the median of the turns is printed.
 """
 
 import argparse
@@ -36,7 +36,8 @@ def main():
     for k in args.top_k:
         out = args.work_dir / f"cache_{k}"
         dtype = "float32" if k == EVERYTHING else "float16"
-        run("cache-teacher", project_file(f"{PROJECT}/stage3_linear"), "--out", out, "--top-k", k, "--dtype", dtype, "--batch-size", 64)
+        options = ["--out", out, "--top-k", k, "--dtype", dtype, "--batch-size", 64]
+        run("cache-teacher", project_file(f"{PROJECT}/stage3_linear"), *options)
         caches["all tokens, fp32" if k == EVERYTHING else f"k = {k}"] = out
     for name, cache in caches.items():
         options = {} if cache is None else {"model.teacher_cache": cache}
@@ -115,7 +116,8 @@ def claims(rows):
     for name, row in rows.items():
         if name == ONLINE:
             continue
-        found.append((f"seconds of a step, {name}, over the teacher running", row["seconds"] / first["seconds"], STEP_BAR))
+        seconds = row["seconds"] / first["seconds"]
+        found.append((f"seconds of a step, {name}, over the teacher running", seconds, STEP_BAR))
         if name != "k = 8":
             kl = statistics.mean(row["kl"]) / statistics.mean(first["kl"])
             found.append((f"held-out KL after training, {name}, over the teacher running", kl, KL_BAR))

@@ -14,6 +14,7 @@ from .losses import DIRECTIONS
 
 # Finite, so that an impossible token adds nothing instead of 0 * infinity; fp16 still holds it.
 LEAST = -1e4
+CHUNK_ROWS = 512
 
 
 @torch.no_grad()
@@ -37,7 +38,9 @@ def top_k_targets(hidden, head, k, temperature=1.0):
     return values.clamp_(min=LEAST), ids, rest.clamp_(min=LEAST)
 
 
-def top_k_divergence(student_hidden, student_head, values, ids, rest, direction="forward", temperature=1.0, chunk_rows=512):
+def top_k_divergence(
+    student_hidden, student_head, values, ids, rest, direction="forward", temperature=1.0, chunk_rows=None
+):
     """Sum of the divergences over rows, in chunks of rows as :func:`~xtuner_ext.distill.losses.chunked_divergence`.
 
     Args:
@@ -49,7 +52,7 @@ def top_k_divergence(student_hidden, student_head, values, ids, rest, direction=
         rest (Tensor): (R,); not looked at when K is V.
         direction (str): ``forward``, ``reverse`` or ``js``.
         temperature (float): See :func:`~xtuner_ext.distill.losses.logit_divergence`.
-        chunk_rows (int): Rows per chunk.
+        chunk_rows (int, optional): Rows per chunk; 512 when absent.
 
     Returns:
         tuple[Tensor, Tensor]: The sum, and the number of rows where both models prefer the same token.
@@ -62,9 +65,8 @@ def top_k_divergence(student_hidden, student_head, values, ids, rest, direction=
     if torch.is_autocast_enabled(student_hidden.device.type):
         dtype = torch.get_autocast_dtype(student_hidden.device.type)
         student_hidden, student_head = student_hidden.to(dtype), student_head.to(dtype)
-    return _TopKDivergence.apply(
-        student_hidden, student_head, values, ids, rest, direction, temperature, chunk_rows
-    )
+    chunk_rows = chunk_rows or CHUNK_ROWS
+    return _TopKDivergence.apply(student_hidden, student_head, values, ids, rest, direction, temperature, chunk_rows)
 
 
 class _TopKDivergence(torch.autograd.Function):
