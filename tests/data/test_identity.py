@@ -38,7 +38,7 @@ def test_a_copy_elsewhere_has_the_same_name_and_so_have_its_samples(build):
 
 CHANGES = {
     "annotations": dict(lines=LINES[:2]),
-    "template.suffix": dict(template="vicuna"),
+    "template.default_system": dict(template="internvl2_5"),
     "processor.max_tiles": dict(max_tiles=3),
     "max_dynamic_patch": dict(fields={"max_dynamic_patch": 2}),
 }
