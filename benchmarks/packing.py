@@ -23,7 +23,7 @@ from xtuner_ext.data.samplers import LengthGroupedSampler, ResumableInfiniteSamp
 TOKENS_PER_TILE = 256
 FILL_BAR = 0.97
 SECONDS_BAR = 60.0
-# Rounding grows through the layers that stage 3 goes back through; float64, whose losses are fp32, tells it from a leak.
+# Rounding grows through the layers that stage 3 goes back through; float64 (with fp32 losses) tells it from a leak.
 LOSS_BAR, GRADIENT_BARS = 1e-5, {(1, "float32"): 1e-5, (1, "float64"): 1e-5, (3, "float32"): 5e-5, (3, "float64"): 1e-5}
 # Noise on the seeded weights, among which some gradients are zero.
 STATES = (0.0, 0.005, 0.02)

@@ -1,7 +1,8 @@
-"""python benchmarks/teacher_cache.py --json: what a cache of the teacher costs, saves and loses, beside the teacher itself.
+"""python benchmarks/teacher_cache.py --json: what a cache of the teacher costs, saves and loses.
 
-Trains stages 1 and 2 of the digits once, then stage 3 with the teacher running and with caches of its k likeliest tokens.
-Steps are timed forward and backward on the same batches, in turns, in CPU time; the median of the turns is printed.
+Trains stages 1 and 2 of the digits once, then stage 3 with the teacher running and with caches of its k likeliest
+tokens, each with a few orders of the data: runs that differ in the last digit of a float alone end a fifth apart. Steps
+are timed forward and backward on the same batches, in turns, in CPU time; the median of the turns is printed.
 """
 
 import argparse
@@ -14,8 +15,8 @@ from training import REPOSITORY, held_out, machine, project_file, run, train
 
 PROJECT = "mmmamba/digits"
 ONLINE, EVERYTHING = "teacher runs", 1_000_000
-# Against the run with the teacher: seconds of a step, held-out KL with 32 tokens and with all of them.
-STEP_BAR, KL_BAR, EXACT_BAR = 0.9, 1.1, 1.01
+# Against the runs with the teacher: seconds of a step, mean held-out KL with 32 tokens or more.
+STEP_BAR, KL_BAR = 0.9, 1.2
 
 
 def main():
@@ -23,6 +24,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--iterations", type=int, nargs=3, default=(60, 60, 150), metavar="N", help="of stages 1, 2, 3")
     parser.add_argument("--top-k", type=int, nargs="+", default=[8, 32, EVERYTHING], help="caches; a large number is all")
+    parser.add_argument("--seeds", type=int, default=3, help="orders of stage 3's data")
     parser.add_argument("--turns", type=int, default=7, help="timed steps of each kind")
     parser.add_argument("--work-dir", type=Path, default=REPOSITORY / "work_dirs" / "teacher_cache")
     parser.add_argument("--json", action="store_true", help="end with one line of claims as JSON")
@@ -34,13 +36,16 @@ def main():
     for k in args.top_k:
         out = args.work_dir / f"cache_{k}"
         dtype = "float32" if k == EVERYTHING else "float16"
-        run("cache-teacher", project_file(f"{PROJECT}/stage3_linear"), "--out", out, "--top-k", k, "--dtype", dtype, "--batch-size", 64)
+        options = ["--out", out, "--top-k", k, "--dtype", dtype, "--batch-size", 64]
+        run("cache-teacher", project_file(f"{PROJECT}/stage3_linear"), *options)
         caches["all tokens, fp32" if k == EVERYTHING else f"k = {k}"] = out
     for name, cache in caches.items():
         options = {} if cache is None else {"model.teacher_cache": cache}
-        work_dir = base / ("stage3_online" if cache is None else f"stage3_{cache.name}")
-        train(f"{PROJECT}/stage3_linear", work_dir, args.iterations[2], options)
-        rows[name] = {"kl": held_out(work_dir)[-1]["kl"], "agreement": held_out(work_dir)[-1]["agreement"]}
+        rows[name] = {"kl": []}
+        for seed in range(args.seeds):
+            work_dir = base / f"stage3_{'online' if cache is None else cache.name}_{seed}"
+            train(f"{PROJECT}/stage3_linear", work_dir, args.iterations[2], options, seed)
+            rows[name]["kl"].append(held_out(work_dir)[-1]["kl"])
         if cache is not None:
             rows[name]["bytes"] = bytes_per_token(cache)
     for name, seconds in step_seconds(caches, base / "stage2", args.turns).items():
@@ -98,9 +103,11 @@ def print_table(rows):
     print("|---|---:|---:|---:|---:|---:|")
     for name, row in rows.items():
         size = f"{row['bytes']:,.0f}" if "bytes" in row else ""
-        times, kl = row["seconds"] / first["seconds"], row["kl"] / first["kl"]
-        print(f"| {name} | {size} | {row['seconds']:.3f} | {times:.2f} | {row['kl']:.4f} | {kl:.3f} |")
-    print(f"\n{machine()}")
+        times, kl = row["seconds"] / first["seconds"], statistics.mean(row["kl"])
+        spread = f" ± {statistics.stdev(row['kl']):.4f}" if len(row["kl"]) > 1 else ""
+        ratio = kl / statistics.mean(first["kl"])
+        print(f"| {name} | {size} | {row['seconds']:.3f} | {times:.2f} | {kl:.4f}{spread} | {ratio:.2f} |")
+    print(f"\ndigits, linear student, {len(first['kl'])} seeds; {machine()}")
 
 
 def claims(rows):
@@ -109,10 +116,11 @@ def claims(rows):
     for name, row in rows.items():
         if name == ONLINE:
             continue
-        found.append((f"seconds of a step, {name}, over the teacher running", row["seconds"] / first["seconds"], STEP_BAR))
+        seconds = row["seconds"] / first["seconds"]
+        found.append((f"seconds of a step, {name}, over the teacher running", seconds, STEP_BAR))
         if name != "k = 8":
-            bar = EXACT_BAR if name.startswith("all") else KL_BAR
-            found.append((f"held-out KL after training, {name}, over the teacher running", row["kl"] / first["kl"], bar))
+            kl = statistics.mean(row["kl"]) / statistics.mean(first["kl"])
+            found.append((f"held-out KL after training, {name}, over the teacher running", kl, KL_BAR))
     return [{"name": name, "value": value, "bar": bar, "holds": value <= bar} for name, value, bar in found]
 
 

@@ -79,7 +79,8 @@ def test_the_teacher_does_not_run(config, tmp_path, monkeypatch):
 def test_loss_and_gradients_by_key_whatever_the_order(config, tmp_path, trainable):
     """One cache serves samples in any order, as a batch and as packed rows."""
     cache = tmp_path / "cache"
-    assert write(config, cache, "--top-k", EVERYTHING, "--dtype", "float32", "--batch-size", 3, "--shard-samples", 7) == 0
+    sizes = ["--batch-size", 3, "--shard-samples", 7]
+    assert write(config, cache, "--top-k", EVERYTHING, "--dtype", "float32", *sizes) == 0
     options = ["model.trainable=" + trainable, "model.attention_layers=[1]"]
     model, dataset = build(config, *options)
     dataset.index = dataset.index[[17, 3, 3, 29, 8, 0]]
@@ -144,7 +145,7 @@ def test_an_interrupted_cache_is_gone_on_with_and_a_finished_one_left_alone(conf
     monkeypatch.setattr(TeacherCacheWriter, "write_shard", fail_at_two)
     assert write(config, cache, "--shard-samples", 16) == 130
     assert not cache.exists()
-    with pytest.raises(UserError, match="cache is not there: it is unfinished"):
+    with pytest.raises(UserError, match="cache is not there: unfinished"):
         TeacherCache(cache)
     monkeypatch.setattr(TeacherCacheWriter, "write_shard", lambda *args: written.append(args[1]) or write_shard(*args))
     assert write(config, cache, "--shard-samples", 16) == 0
@@ -234,6 +235,7 @@ def test_a_changed_image_count_does_not_go_unnoticed(config, tmp_path):
     assert write(config, cache, "--cfg-options", "model.divergence.tokens=all") == 0
     model, dataset = build(config, "model.divergence.tokens=all", f"model.teacher_cache={cache}")
     batch = conversation_collate([dataset[0]])
-    batch["data"] = {**batch["data"], **{k: batch["data"][k][:, :-1] for k in ("input_ids", "labels", "attention_mask")}}
+    for key in ("input_ids", "labels", "attention_mask"):
+        batch["data"][key] = batch["data"][key][:, :-1]
     with pytest.raises(UserError, match="rows for a batch of .*: its data have changed since"):
         model(**batch)

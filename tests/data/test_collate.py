@@ -31,5 +31,10 @@ def test_tiles_are_joined_in_the_order_of_samples():
     assert batch["data"]["input_ids"].tolist() == [[1, 2], [3, 9], [4, 9]]
 
 
+def test_keys_are_listed_in_reading_order():
+    one, two = ({**sample([1], [1], 0), "keys": keys} for keys in ([("a", 3)], [("a", 1), ("b", 0)]))
+    assert conversation_collate([two, one])["data_samples"] == [("a", 1), ("b", 0), ("a", 3)]
+
+
 def test_batch_of_text_has_no_tiles():
     assert conversation_collate([sample([1], [1], 0)] * 2)["data"]["pixel_values"].shape == (0, 3, 4, 4)

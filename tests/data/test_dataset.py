@@ -69,6 +69,17 @@ def test_tile_limit_is_shared_by_the_images(build, processor, limit, images, til
     assert (sample["input_ids"] == context).sum() == 16 * tiles
 
 
+@pytest.mark.parametrize("question", ["<image> and <image>", "<image>then\n<image> <IMG_CONTEXT>?"])
+def test_tokens_are_those_of_the_whole_text(build, processor, question):
+    """Also where the text names a visual token itself."""
+    dataset = build([line(question, image=["wide.png", "square.png"])])
+    found, question = dataset[0], processor.expand(question, [2 + 1, 1])
+    text = f"<s><|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>"
+    expected = processor.tokenizer(text, add_special_tokens=False).input_ids
+    assert found["input_ids"].tolist() == expected and len(found["labels"]) == len(expected)
+    assert trained(found, processor.tokenizer) == "yes<|im_end|>"
+
+
 def test_images_keep_the_order_of_their_placeholders(build, processor):
     sample = build([line("<image> and <image>", image=["square.png", "wide.png"])], {"max_dynamic_patch": 2})[
         0

@@ -10,7 +10,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from xtuner_ext.modeling.processing import HybridVLProcessor, split_tiles, tile_grid, to_rgb
+from xtuner_ext.modeling.processing import NORMALISATION, HybridVLProcessor, split_tiles, tile_grid, to_rgb
 
 SPECIAL = ["<pad>", "<unk>", "<img>", "<IMG_CONTEXT>", "</img>"]
 WORDS = ["what", "is", "this", "and"]
@@ -70,11 +70,11 @@ def test_tiles_are_cut_row_by_row_and_the_thumbnail_is_last():
     for index, name in enumerate(colours):
         image.paste(Image.new("RGB", (32, 32), name), (32 * (index % 2), 32 * (index // 2)))
     tiles = split_tiles(image, 16, max_tiles=4)
-    assert len(tiles) == 5 and all(tile.size == (16, 16) for tile in tiles)
+    assert len(tiles) == 5 and all(tile.shape == (3, 16, 16) and tile.dtype == torch.uint8 for tile in tiles)
     for tile, name in zip(tiles, colours):
-        assert tile.getpixel((4, 4)) == Image.new("RGB", (1, 1), name).getpixel((0, 0))
+        assert tuple(tile[:, 4, 4].tolist()) == Image.new("RGB", (1, 1), name).getpixel((0, 0))
     thumbnail = tiles[-1]
-    assert [thumbnail.getpixel(at) for at in ((2, 2), (13, 2))] == [(255, 0, 0), (0, 255, 0)]
+    assert [thumbnail[:, 2, x].tolist() for x in (2, 13)] == [[255, 0, 0], [0, 255, 0]]
 
 
 @pytest.mark.parametrize(
@@ -89,6 +89,33 @@ def test_tiles_are_cut_row_by_row_and_the_thumbnail_is_last():
 )
 def test_thumbnail_comes_with_several_tiles_only(size, options, count):
     assert len(split_tiles(colour("red", size), 16, **{"max_tiles": 2, **options})) == count
+
+
+@pytest.fixture(scope="module")
+def photo():
+    import skimage.data
+
+    return Image.fromarray(skimage.data.astronaut())
+
+
+SIZES = [(640, 480), (300, 900), (1500, 1000), (448, 448), (37, 50), (2, 2)]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
+def test_tiles_are_those_of_transformers(photo, size):
+    """Its own processor for this tiling, to the bit; Pillow's arithmetic is rarely a few steps of 255 away."""
+    from transformers.models.got_ocr2.image_processing_got_ocr2 import GotOcr2ImageProcessor
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+
+    image = photo.resize(size)
+    mean, std = NORMALISATION["imagenet"]
+    options = dict(crop_to_patches=True, size={"height": 448, "width": 448}, image_mean=list(mean), image_std=list(std))
+    found = HybridVLProcessor().tiles(image)
+    theirs = GotOcr2ImageProcessor(**options)(images=[image], return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(found, theirs, rtol=0, atol=1e-5)
+    pillow = GotOcr2ImageProcessorPil(**options)(images=[image], return_tensors="pt")["pixel_values"]
+    steps = ((found - pillow) * torch.tensor(std).view(3, 1, 1) * 255).abs()
+    assert steps.max() < 5 and steps.mean() < 0.05
 
 
 def test_tiles_are_normalised_channels_first(processor):

@@ -14,9 +14,10 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(
         prog="xtuner-ext cache-teacher",
         description="Run a stage 3 config's teacher once over the training data and keep, for every supervised token, "
-        "its likeliest next tokens. Training with model.teacher_cache=DIR then does without the teacher, which pays when "
-        "samples are seen more than once. An interrupted run is gone on with; a finished cache is left alone.",
-        epilog="example: xtuner-ext cache-teacher projects/mmmamba/digits/stage3_linear.py --out work_dirs/digits/teacher_cache",
+        "its likeliest next tokens. Training with model.teacher_cache=DIR then does without the teacher, which pays "
+        "when samples are seen more than once. An interrupted run is gone on with; a finished cache is left alone.",
+        epilog="example: xtuner-ext cache-teacher projects/mmmamba/digits/stage3_linear.py "
+        "--out work_dirs/digits/teacher_cache",
     )
     parser.add_argument("config", help="config of stage 3, for teacher, data and divergence")
     parser.add_argument("--out", required=True, help="folder to write")
@@ -78,7 +79,8 @@ def cache_teacher(config, out, top_k=64, dtype="float16", batch_size=16, shard_s
     from .train import prepare_data
 
     if config.model.get("stage") != 3:
-        raise UserError(f"{config.filename} has model.stage {config.model.get('stage')}, expected 3: others need no next tokens")
+        stage = config.model.get("stage")
+        raise UserError(f"{config.filename} has model.stage {stage}, expected 3: others need no next tokens")
     for name, value in (("top-k", top_k), ("batch-size", batch_size), ("shard-samples", shard_samples)):
         if value < 1:
             raise UserError(f"--{name} is {value}, expected at least 1")
@@ -110,7 +112,8 @@ def cache_teacher(config, out, top_k=64, dtype="float16", batch_size=16, shard_s
 
 def _is_mixed(optim_wrapper):
     kind = optim_wrapper["type"]
-    return (kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2] in ("AmpOptimWrapper", "Bfloat16OptimWrapper")
+    name = kind if isinstance(kind, str) else kind.__name__
+    return name.rpartition(".")[2] in ("AmpOptimWrapper", "Bfloat16OptimWrapper")
 
 
 class _Encoded:
@@ -145,7 +148,7 @@ def _targets(teacher, batch, divergence, top_k, dataset):
 
     from ..distill.model import supervised_rows
     from ..distill.teacher_cache import source_numbers
-    from ..distill.top_k import top_k_targets
+    from ..distill.top_k import CHUNK_ROWS, top_k_targets
 
     if batch is None:
         return []
@@ -156,7 +159,7 @@ def _targets(teacher, batch, divergence, top_k, dataset):
     hidden = teacher.model(inputs_embeds=embeds, **data).last_hidden_state[rows]
     chunks = [
         top_k_targets(part, teacher.lm_head.weight, top_k, divergence["temperature"])
-        for part in hidden.split(divergence["chunk_rows"])
+        for part in hidden.split(divergence["chunk_rows"] or CHUNK_ROWS)
     ]
     columns = [torch.cat(column).cpu().split(rows.sum(1).tolist()) for column in zip(*chunks)]
     numbers = source_numbers(dataset)

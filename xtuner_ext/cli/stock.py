@@ -1,4 +1,4 @@
-"""python -m xtuner_ext.cli.stock FILE [ARGUMENTS]: a stock tool, in a process of its own, with our front door's manners.
+"""python -m xtuner_ext.cli.stock FILE [ARGUMENTS]: a stock tool in a process of its own, with our front door's manners.
 
 A user's mistake ends it in one sentence, and a reader of its output that leaves early, as `head` does, in silence.
 """

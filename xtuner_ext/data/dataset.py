@@ -95,7 +95,8 @@ class ConversationDataset(Dataset):
             print_log(message, logger="current", level=logging.WARNING)
             return None
         size = self.processor.image_size
-        pixels = torch.cat(tiles) if tiles else torch.zeros(0, 3, size, size)
+        # Of one image there is nothing to join, and tiles are most of a sample's bytes.
+        pixels = tiles[0] if len(tiles) == 1 else torch.cat([torch.zeros(0, 3, size, size), *tiles])
         keys = [(self.fingerprints[source], int(line))]
         return {"input_ids": input_ids, "labels": labels, "pixel_values": pixels, "keys": keys}
 
@@ -114,9 +115,9 @@ class ConversationDataset(Dataset):
         for path in record.images:
             with _readable(path, record.where), Image.open(path) as image:
                 tiles += self.processor.tile_count(image, limit)
-        # Nothing merges with a visual token: one tile an image stands for all of them.
-        tokens = len(self._tokens(record, [1] * len(record.images))[0])
-        return tokens + self.processor.tokens_per_tile * (tiles - len(record.images))
+        # Nothing merges with a visual token: one an image stands for all of them.
+        tokens = len(self._encode(record, [1] * len(record.images), 1)[0])
+        return tokens + self.processor.tokens_per_tile * tiles - len(record.images)
 
     def _tile_limit(self, record, source):
         if record.images and not self.processor.tokens_per_tile:
@@ -124,10 +125,23 @@ class ConversationDataset(Dataset):
         return self.processor.tile_limit(len(record.images), self.sources[source][0].max_dynamic_patch)
 
     def _tokens(self, record, tile_counts):
+        if not tile_counts:
+            return self._encode(record, [])
+        # A tokenizer takes its time over thousands of visual tokens that are all the same.
+        ids, labels = self._encode(record, [1] * len(tile_counts), 1)
+        visual = ids == self.processor.tokenizer.convert_tokens_to_ids(self.processor.image_context)
+        if visual.sum() != len(tile_counts):
+            # The text has such tokens of its own.
+            return self._encode(record, tile_counts)
+        repeats = torch.ones_like(ids)
+        repeats[visual] = torch.tensor(tile_counts) * self.processor.tokens_per_tile
+        return ids.repeat_interleave(repeats), labels.repeat_interleave(repeats)
+
+    def _encode(self, record, tile_counts, tokens_per_tile=None):
         counts, turns = iter(tile_counts), []
         for question, answer in record.turns:
             here = [next(counts) for _ in range(question.count("<image>"))]
-            turns.append((self.processor.expand(question, here), answer))
+            turns.append((self.processor.expand(question, here, tokens_per_tile), answer))
         tokenizer = self.processor.tokenizer
         if record.text is None:
             return encode_conversation(tokenizer, self.template, turns, record.system, record.ended)

@@ -51,7 +51,15 @@ class HybridModel(BaseModel):
 
     @abstractmethod
     def compute_loss(self, *, keys=None, **data):
-        """dict[str, Tensor]: Losses of one batch, whose samples ``keys`` name; those whose key contains ``loss`` are back-propagated."""
+        """Losses of one batch.
+
+        Args:
+            keys (list, optional): Names of the samples.
+            **data (Tensor): See :meth:`forward`.
+
+        Returns:
+            dict[str, Tensor]: Those whose key contains ``loss`` are back-propagated.
+        """
 
     def state_dict(self, *args, **kwargs):
         """dict[str, Tensor]: Trainable parameters only."""

@@ -349,12 +349,12 @@ class DistillModel(HybridModel):
 
     def _cached_targets(self, keys, student):
         if keys is None:
-            raise UserError(f"teacher cache {self.teacher_cache} needs samples with keys, as those of ConversationDataset")
+            raise UserError(f"teacher cache {self.teacher_cache} needs samples with keys, as ConversationDataset gives them")
         targets = self._cache.targets(keys, student.device)
         if len(targets[0]) != len(student):
             raise UserError(
-                f"teacher cache {self.teacher_cache} has {len(targets[0])} rows for a batch of {len(student)}: its data "
-                "have changed since, make another cache"
+                f"teacher cache {self.teacher_cache} has {len(targets[0])} rows for a batch of {len(student)}: "
+                "its data have changed since, make another cache"
             )
         return targets
 

@@ -1,8 +1,8 @@
 """A teacher's likeliest next tokens on disk, so that later passes over the same samples do without the teacher.
 
 A cache is a folder: ``teacher_cache.json`` says what it was made from, and ``shard_00000.safetensors`` and so on hold,
-for consecutive samples, ``values`` (R, K) and ``ids`` (R, K) of :func:`~xtuner_ext.distill.top_k.top_k_targets`, ``rest``
-(R,) in fp32, and for every sample its ``source``, its ``line`` and the ``end`` of its rows.
+for consecutive samples, ``values`` (R, K), ``ids`` (R, K) and, in fp32, ``rest`` (R,) of
+:func:`~xtuner_ext.distill.top_k.top_k_targets`, and for every sample its ``source``, ``line`` and the ``end`` of its rows.
 
 Values are log-probabilities, which lie between -30 and 0 where they matter: fp16 rounds them eight times finer than
 bf16 in the same two bytes. Ids take two bytes where the vocabulary has at most 65,536 tokens, four otherwise. A
@@ -78,7 +78,8 @@ class TeacherCacheWriter:
     def _is_ours(self, folder):
         if not (folder / MANIFEST).is_file():
             return False
-        found = {key: value for key, value in _read_manifest(folder).items() if key not in ("rows", "samples", "shards")}
+        counts = ("rows", "samples", "shards")
+        found = {key: value for key, value in _read_manifest(folder).items() if key not in counts}
         if found == self.settings:
             return True
         was, wanted = _difference(found, self.settings)
@@ -145,7 +146,7 @@ class TeacherCache:
         self.folder = Path(folder)
         if not (self.folder / MANIFEST).is_file():
             partial = self.folder.with_name(self.folder.name + ".partial")
-            hint = "it is unfinished, let `xtuner-ext cache-teacher` go on" if partial.exists() else "it has no " + MANIFEST
+            hint = "unfinished, let `xtuner-ext cache-teacher` go on" if partial.exists() else f"there is no {MANIFEST}"
             raise UserError(f"teacher cache {self.folder} is not there: {hint}")
         self.manifest = _read_manifest(self.folder)
         if self.manifest.get("format") != FORMAT:
@@ -181,7 +182,8 @@ class TeacherCache:
         """
         was, expected = _difference({key: self.manifest[key] for key in wanted}, wanted)
         if expected:
-            raise UserError(f"teacher cache {self.folder} was made with {was}, this run has {expected}: make another cache")
+            found = f"teacher cache {self.folder} was made with {was}"
+            raise UserError(f"{found}, this run has {expected}: make another cache")
 
     def check_dataset(self, dataset):
         """Refuse a dataset whose samples are not in the cache.

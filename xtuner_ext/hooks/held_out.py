@@ -25,8 +25,8 @@ TOKENS_SEEN, SECONDS = "tokens_seen", "seconds_trained"
 class HeldOutHook(Hook):
     """Compares student and teacher on held-out samples and appends the measures to ``held_out.jsonl``.
 
-    Each line holds ``iter``, ``tokens`` (all that this stage has trained on, padding not counted), ``seconds`` of training
-    since its beginning without the measuring itself and without what an interruption lost, and the measures of
+    Each line holds ``iter``, ``tokens`` (all that this stage has trained on, padding not counted), ``seconds`` of
+    training without the measuring itself and without what an interruption lost, and the measures of
     :class:`~xtuner_ext.evaluation.fidelity.Tally`. The dataset is the training one with another meta file; samples are
     never packed here.
 

@@ -9,6 +9,7 @@ import os
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps
 from transformers import AutoTokenizer, BatchFeature
 
@@ -60,6 +61,9 @@ def count_tiles(width, height, tile_size, min_tiles=1, max_tiles=12, use_thumbna
 def split_tiles(image, tile_size, min_tiles=1, max_tiles=12, use_thumbnail=True):
     """Cut an image into square tiles.
 
+    It is resized by torch's antialiased bicubic kernel on bytes, as transformers' default image processors do: several
+    times faster than Pillow's, from which few values differ, by 1 to 4 of 255.
+
     Args:
         image (PIL.Image.Image): RGB image.
         tile_size (int): Side of a tile in pixels.
@@ -68,18 +72,23 @@ def split_tiles(image, tile_size, min_tiles=1, max_tiles=12, use_thumbnail=True)
         use_thumbnail (bool): Append the whole image as one tile when there are several.
 
     Returns:
-        list[PIL.Image.Image]: Tiles in row-major order.
+        list[Tensor]: uint8 (3, S, S), views of the resized image in row-major order.
     """
     columns, rows = tile_grid(*image.size, tile_size, min_tiles, max_tiles)
-    resized = image.resize((tile_size * columns, tile_size * rows), Image.Resampling.BICUBIC)
-    tiles = [
-        resized.crop((x * tile_size, y * tile_size, (x + 1) * tile_size, (y + 1) * tile_size))
-        for y in range(rows)
-        for x in range(columns)
-    ]
+    pixels = _pixels(image)
+    resized = _resize(pixels, tile_size * rows, tile_size * columns)
+    tiles = [tile for strip in resized.split(tile_size, dim=1) for tile in strip.split(tile_size, dim=2)]
     if use_thumbnail and len(tiles) > 1:
-        tiles.append(image.resize((tile_size, tile_size), Image.Resampling.BICUBIC))
+        tiles.append(_resize(pixels, tile_size, tile_size))
     return tiles
+
+
+def _pixels(image):
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _resize(pixels, height, width):
+    return F.interpolate(pixels[None], (height, width), mode="bicubic", antialias=True)[0]
 
 
 def pad_square(image, size, colour):
@@ -181,17 +190,20 @@ class HybridVLProcessor:
         Returns:
             Tensor: (T, 3, S, S), fp32.
         """
-        image = to_rgb(image)
-        mean, std = (np.asarray(values, dtype=np.float32) for values in NORMALISATION[self.normalisation])
-        if self.fit == "pad":
-            tiles = [pad_square(image, self.image_size, tuple(int(255 * value) for value in mean))]
-        elif self.fit == "crop":
-            tiles = [crop_square(image, self.image_size)]
-        else:
+        image, (mean, std) = to_rgb(image), NORMALISATION[self.normalisation]
+        if self.fit == "tiles":
             limit = self.max_tiles if max_tiles is None else max_tiles
             tiles = split_tiles(image, self.image_size, self.min_tiles, limit, self.use_thumbnail)
-        pixels = np.stack([np.asarray(tile, dtype=np.float32) for tile in tiles]) / 255
-        return torch.from_numpy((pixels - mean) / std).permute(0, 3, 1, 2).contiguous()
+        else:
+            size, colour = self.image_size, tuple(int(255 * value) for value in mean)
+            square = crop_square(image, size) if self.fit == "crop" else pad_square(image, size, colour)
+            tiles = [_pixels(square)]
+        # Bytes become floats as late as can be, tile by tile while they are in the CPU's cache.
+        pixels = torch.empty(len(tiles), 3, self.image_size, self.image_size)
+        mean, std = (torch.tensor(values).mul(255).view(3, 1, 1) for values in (mean, std))
+        for row, tile in zip(pixels, tiles):
+            row.copy_(tile).sub_(mean).div_(std)
+        return pixels
 
     def tile_count(self, image, max_tiles=None):
         """Count the tiles that :meth:`tiles` makes, without decoding the image where its header is enough.
@@ -215,12 +227,13 @@ class HybridVLProcessor:
             return turned
         return upright
 
-    def expand(self, text, tile_counts):
+    def expand(self, text, tile_counts, tokens_per_tile=None):
         """Replace every ``<image>`` by the tokens of its tiles.
 
         Args:
             text (str): Text with as many ``<image>`` as images.
             tile_counts (list[int]): Tiles per image.
+            tokens_per_tile (int, optional): Stand for a tile instead of all that it has.
 
         Returns:
             str: Text ready for the tokenizer.
@@ -235,7 +248,7 @@ class HybridVLProcessor:
             raise ValueError(f"the text has {len(parts) - 1} {IMAGE_PLACEHOLDER} placeholders for {len(tile_counts)} images")
         pieces = [parts[0]]
         for count, part in zip(tile_counts, parts[1:]):
-            context = self.image_context * (self.tokens_per_tile * count)
+            context = self.image_context * (count * (tokens_per_tile or self.tokens_per_tile))
             pieces += [self.image_start, context, self.image_end, part]
         return "".join(pieces)
 

@@ -1,0 +1,55 @@
+"""Sources are known by what their samples follow from, wherever they lie."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from xtuner_ext.data.dataset import ConversationDataset
+from xtuner_ext.data.identity import describe_sources, fingerprint
+from xtuner_ext.modeling.processing import HybridVLProcessor
+
+LINES = [
+    {"conversations": [{"from": "human", "value": f"What {n}?"}, {"from": "gpt", "value": "red"}], "image": "red.png"}
+    for n in range(3)
+]
+
+
+@pytest.fixture
+def build(tmp_path, digits_processor):
+    def build(folder="a", lines=LINES, fields=(), template="internlm2_chat", **settings):
+        folder = tmp_path / folder
+        folder.mkdir(exist_ok=True)
+        Image.new("RGB", (32, 32), "red").save(folder / "red.png")
+        (folder / "d.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+        (folder / "d.json").write_text(json.dumps({"d": {"annotation": "d.jsonl", **dict(fields)}}))
+        processor = HybridVLProcessor(digits_processor.tokenizer, **{"image_size": 32, "tokens_per_tile": 4, **settings})
+        return ConversationDataset(folder / "d.json", processor, template)
+
+    return build
+
+
+def test_a_copy_elsewhere_has_the_same_name_and_so_have_its_samples(build):
+    one, other = build("a"), build("b", fields={"repeat_time": 2})
+    assert one.fingerprints == other.fingerprints
+    assert [other[i]["keys"] for i in range(6)] == 2 * [one[i]["keys"] for i in range(3)]
+    assert one[1]["keys"] == [(one.fingerprints[0], 1)]
+
+
+CHANGES = {
+    "annotations": dict(lines=LINES[:2]),
+    "template.default_system": dict(template="internvl2_5"),
+    "processor.max_tiles": dict(max_tiles=3),
+    "max_dynamic_patch": dict(fields={"max_dynamic_patch": 2}),
+}
+
+
+@pytest.mark.parametrize("key, change", CHANGES.items(), ids=CHANGES)
+def test_whatever_changes_a_sample_changes_the_name(build, key, change):
+    (before,), (after,) = describe_sources(build()), describe_sources(build("b", **change))
+    assert before[key] != after[key] and fingerprint(before) != fingerprint(after)
+
+
+def test_a_description_survives_json(build):
+    (description,) = describe_sources(build())
+    assert json.loads(json.dumps(description)) == description
