@@ -8,7 +8,7 @@ import torch
 
 from tests.reference.ssd import naive_causal_conv
 from xtuner_ext.ops import causal_conv_kernels, causal_conv_torch
-from xtuner_ext.ops.causal_conv import causal_conv, causal_conv_step
+from xtuner_ext.ops.causal_conv import causal_conv
 from xtuner_ext.ops.causal_conv_torch import torch_conv
 
 CHANNELS = 5
@@ -94,21 +94,6 @@ def test_split_equals_whole_when_the_state_is_handed_on(cut, width):
         outputs.append(y)
     torch.testing.assert_close(torch.cat(outputs, 1), whole)
     assert torch.equal(state, end) and torch.equal(end, x[:, -(width - 1) :].transpose(1, 2))
-
-
-@pytest.mark.parametrize("activation", ["silu", None])
-@pytest.mark.parametrize("width", WIDTHS, ids="width{}".format)
-def test_steps_equal_the_convolution(width, activation):
-    arguments = make_inputs(6, width)
-    whole, end = causal_conv(**arguments, activation=activation, return_final_state=True)
-    x, state, outputs = arguments["x"], arguments["initial_state"], []
-    for t in range(x.shape[1]):
-        y, state = causal_conv_step(
-            x[:, t], arguments["weight"], arguments["bias"], activation=activation, state=state
-        )
-        outputs.append(y)
-    torch.testing.assert_close(torch.stack(outputs, 1), whole)
-    assert torch.equal(state, end)
 
 
 def test_state_of_a_short_sequence_is_filled_with_zeros():

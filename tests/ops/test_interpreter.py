@@ -11,7 +11,13 @@ import sys
 
 import pytest
 
-NEEDS = {"step": ("triton",), "fla": ("triton", "fla"), "fla convolution": ("triton", "fla"), "mamba_ssm": ("triton", "mamba_ssm")}
+NEEDS = {
+    "step": ("triton",),
+    "convolution step": ("triton",),
+    "mamba_ssm": ("triton", "mamba_ssm"),
+    "fla": ("triton", "fla"),
+    "fla convolution": ("triton", "fla"),
+}
 
 
 def _case(name):

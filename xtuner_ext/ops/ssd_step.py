@@ -44,10 +44,14 @@ def ssd_step(x, dt, A, B, C, *, dt_bias=None, state, in_place=False, backend="au
         if backend not in ("auto", "torch"):
             raise ValueError(f"ssd_step backend {backend!r} gives no gradients: use 'torch'")
         return _differentiable_step(*given)
-    call = STEP.choose(backend, x, (x.shape[2], B.shape[2]), "one token", {}, None)
+    call = STEP.choose(backend, x, (x.shape[2], B.shape[2]), "one token", {}, _no_tuning)
     if not in_place:
         state = state.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
     return call(x, dt, A, B, C, dt_bias, state), state
+
+
+def _no_tuning(implementation):
+    """Nothing to tune: the kernel has one setting."""
 
 
 def _torch_step(x, dt, A, B, C, dt_bias, state):
