@@ -67,6 +67,9 @@ def test_what_the_scan_is_timed_against_does_the_same():
     torch.testing.assert_close(theirs, ours)
 
 
-@pytest.mark.parametrize("value, larger, holds", [(3.0, True, True), (2.9, True, False), (3.1, False, False), (float("nan"), False, False)])
+@pytest.mark.parametrize(
+    "value, larger, holds",
+    [(3.0, True, True), (2.9, True, False), (3.1, False, False), (float("nan"), False, False)],
+)
 def test_a_claim_holds_on_its_side_of_the_bar(value, larger, holds):
     assert ssd_benchmark.claim("name", value, 3.0, larger)["holds"] is holds

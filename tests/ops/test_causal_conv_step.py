@@ -12,9 +12,10 @@ from xtuner_ext.ops.causal_conv_step import causal_conv_step
 
 def walk(arguments, **options):
     """y of all tokens and the last state, by steps."""
-    state, outputs = arguments["initial_state"], []
-    for t in range(arguments["x"].shape[1]):
-        y, state = causal_conv_step(arguments["x"][:, t], arguments["weight"], arguments["bias"], state=state, **options)
+    x, weight, bias, state = (arguments[name] for name in ("x", "weight", "bias", "initial_state"))
+    outputs = []
+    for t in range(x.shape[1]):
+        y, state = causal_conv_step(x[:, t], weight, bias, state=state, **options)
         outputs.append(y)
     return torch.stack(outputs, 1), state
 
@@ -28,7 +29,8 @@ def test_steps_equal_the_convolution_with_its_gradients(width, activation):
     torch.testing.assert_close(y, whole)
     assert torch.equal(state, end)
     weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
-    for ours, theirs in zip(*(torch.autograd.grad((out * weights).sum(), list(arguments.values())) for out in (y, whole))):
+    gradients = [torch.autograd.grad((out * weights).sum(), list(arguments.values())) for out in (y, whole)]
+    for ours, theirs in zip(*gradients):
         torch.testing.assert_close(ours, theirs)
 
 

@@ -68,7 +68,8 @@ def test_the_fastest_is_taken_and_remembered_by_case(gpu, caplog):
     with caplog.at_level(logging.INFO):
         assert choose(made, gpu) is quick and choose(made, gpu) is quick
     # Each is tuned and timed, once.
-    assert made.runs == [slow, quick] * 2 and "op of small in float32 on cuda:0: quick (slow 2000.00 ms, quick 1000.00 ms)" in caplog.text
+    assert made.runs == [slow, quick] * 2
+    assert "op of small in float32 on cuda:0: quick (slow 2000.00 ms, quick 1000.00 ms)" in caplog.text
     assert choose(made, gpu, case="large") is quick and made.runs[4:] == [slow, quick]
     # Both were checked, once each, beside the twin.
     assert [call for call, _ in made.probes] == [twin, slow, twin, quick]
@@ -78,7 +79,10 @@ def test_the_fastest_is_taken_and_remembered_by_case(gpu, caplog):
 
 @pytest.mark.parametrize(
     "kernel, reason",
-    [(wrong, "its y differs from the torch twin's by 1 of their norm"), (broken, "it ends in RuntimeError: no kernel image")],
+    [
+        (wrong, "its y differs from the torch twin's by 1 of their norm"),
+        (broken, "it ends in RuntimeError: no kernel image"),
+    ],
 )
 def test_a_kernel_that_fails_its_check_is_left_out_with_one_warning(kernel, reason, gpu, caplog):
     made = backends(kernel, slow)

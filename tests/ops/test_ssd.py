@@ -92,8 +92,9 @@ def test_B_and_C_may_differ_in_groups(groups):
     for name, count in zip("BC", groups):
         arguments[name] = arguments[name].detach()[:, :, :count].requires_grad_()
     ids = torch.tensor([[0] * 5 + [1] * (Q - 2), [0] * (Q + 1) + [1] * 2])
-    alone = {name: value.detach().repeat_interleave(heads // value.shape[2], 2) if name in "BC" else value for name, value in arguments.items()}
-    alone = {name: value.detach().requires_grad_() for name, value in alone.items()}
+    alone = {name: value.detach() for name, value in arguments.items()}
+    alone.update({name: alone[name].repeat_interleave(heads // count, 2) for name, count in zip("BC", groups)})
+    alone = {name: value.requires_grad_() for name, value in alone.items()}
     expected = run(truth, alone, segment_ids=ids)
     for name, count in zip("BC", groups):
         gradient = f"gradient of {name}"
@@ -291,6 +292,10 @@ def _backend(name, package):
     return pytest.param(name, marks=marks, id=name)
 
 
+def on_gpu(arguments):
+    return {name: value.detach().cuda().requires_grad_() for name, value in arguments.items()}
+
+
 KERNELS = [_backend("triton", "mamba_ssm"), _backend("fla", "fla")]
 
 
@@ -314,8 +319,9 @@ def test_kernels_equal_the_recurrence_with_every_gradient(backend, dtype):
 def test_kernels_keep_packed_rows_apart_with_every_gradient(backend, pieces, monkeypatch):
     if pieces:
         monkeypatch.setattr(ssd_kernels, "INT32_ELEMENTS", 2**16)
-    arguments = {name: value.detach().cuda().requires_grad_() for name, value in make_inputs(150, width=64, state=64).items()}
-    ids = torch.stack([torch.repeat_interleave(torch.arange(4), torch.tensor(n)) for n in ([70, 1, 64, 15], [3, 100, 40, 7])])
+    arguments = on_gpu(make_inputs(150, width=64, state=64))
+    lengths = torch.tensor([[70, 1, 64, 15], [3, 100, 40, 7]])
+    ids = torch.stack([torch.repeat_interleave(torch.arange(4), row) for row in lengths])
     exact = run(truth, arguments, segment_ids=ids.cuda())
     result = run(chunked, arguments, segment_ids=ids.cuda(), backend=backend)
     for name, expected in exact.items():
@@ -326,7 +332,7 @@ def test_kernels_keep_packed_rows_apart_with_every_gradient(backend, pieces, mon
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_auto_gives_on_a_gpu_what_torch_gives():
-    arguments = {name: value.detach().cuda().requires_grad_() for name, value in make_inputs(300, width=64, state=64).items()}
+    arguments = on_gpu(make_inputs(300, width=64, state=64))
     ours, twin = run(chunked, arguments), run(chunked, arguments, backend="torch")
     for name, expected in twin.items():
         assert (ours[name] - expected).norm() / expected.norm() < 0.02, name

@@ -188,11 +188,12 @@ def run_detached(implementation, tensors, options, trains):
         trains (bool): Whether gradients are asked for.
     """
     with torch.set_grad_enabled(trains):
-        copies = {name: None if t is None else t.detach().requires_grad_(t.requires_grad) for name, t in tensors.items()}
-        result = implementation(**copies, **options)
+        given = {name: t for name, t in tensors.items() if t is not None}
+        copies = {name: t.detach().requires_grad_(t.requires_grad) for name, t in given.items()}
+        result = implementation(**{**tensors, **copies}, **options)
         y = result[0] if isinstance(result, tuple) else result
         if trains:
-            leaves = [t for t in copies.values() if t is not None and t.requires_grad]
+            leaves = [t for t in copies.values() if t.requires_grad]
             torch.autograd.grad(y, leaves, torch.ones_like(y), allow_unused=True)
 
 

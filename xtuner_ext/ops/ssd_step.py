@@ -7,10 +7,10 @@ at all with ``in_place``. Nothing here waits for a result, so a CUDA graph can r
 """
 
 import torch
-import torch.nn.functional as F
 
 from .choice import Backends, Kernel
 from .ssd_step_triton import triton_step
+from .ssd_torch import time_steps
 
 
 def ssd_step(x, dt, A, B, C, *, dt_bias=None, state, in_place=False, backend="auto"):
@@ -73,11 +73,6 @@ def _differentiable_step(x, dt, A, B, C, dt_bias, state):
     decay = torch.exp(delta * A)[..., None, None]
     state = decay * state.float() + (delta[..., None] * x.float())[..., None] * B[:, :, None]
     return (state * C[:, :, None]).sum(-1).to(x.dtype), state
-
-
-def time_steps(dt, dt_bias):
-    """Tensor: softplus(dt + dt_bias) in fp32."""
-    return F.softplus(dt.float() if dt_bias is None else dt.float() + dt_bias.float())
 
 
 def _by_head(t, heads):
