@@ -6,13 +6,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import ablation  # noqa: E402
+import ssd as ssd_benchmark  # noqa: E402
 import training  # noqa: E402
 
 from xtuner_ext.cli.config_options import load_config, parse_options  # noqa: E402
+from xtuner_ext.ops import causal_conv, ssd, ssd_step  # noqa: E402
 
 STAGES = ("stage1", "stage2", "stage3_linear")
 ROWS = [(teacher, name) for teacher, rows in ablation.VARIANTS.items() for name in list(rows)[1:]]
@@ -103,3 +106,23 @@ def test_the_ablations_claim_compares_the_shipped_recipe_with_the_best_other_row
     (claim,) = ablation.claims(rows, "smollm2")
     assert claim["value"] == pytest.approx(2.0) and not claim["holds"]
     assert ablation.claims({list(rows)[0]: rows[list(rows)[0]]}, "smollm2") == []
+
+
+def test_what_the_scan_is_timed_against_does_the_same():
+    arguments = {name: t.detach() for name, t in ssd_benchmark.inputs(70, heads=2, width=8, state=4).items()}
+    torch.testing.assert_close(ssd_benchmark.transformers_scan(**arguments, chunk_size=32), ssd(**arguments))
+    row = {"x": torch.randn(2, 9, 6), "weight": torch.randn(6, 4), "bias": torch.randn(6)}
+    torch.testing.assert_close(ssd_benchmark.transformers_convolution(**row), causal_conv(**row))
+    token = {name: t if t.ndim == 1 else t[:, 0] for name, t in arguments.items()}
+    theirs, ours = (torch.full((1, 2, 8, 4), 0.5) for _ in range(2))
+    y = ssd_benchmark.transformers_step(**token, state=theirs)
+    torch.testing.assert_close(y, ssd_step(**token, state=ours, in_place=True)[0])
+    torch.testing.assert_close(theirs, ours)
+
+
+@pytest.mark.parametrize(
+    "value, larger, holds",
+    [(3.0, True, True), (2.9, True, False), (3.1, False, False), (float("nan"), False, False)],
+)
+def test_a_claim_holds_on_its_side_of_the_bar(value, larger, holds):
+    assert ssd_benchmark.claim("name", value, 3.0, larger)["holds"] is holds

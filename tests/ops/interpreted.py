@@ -13,14 +13,22 @@ from types import SimpleNamespace
 
 import torch
 
-from xtuner_ext.ops import causal_conv_kernels, ssd_kernels, ssd_step_triton
+from xtuner_ext.ops import causal_conv_kernels, causal_conv_step_triton, ssd_kernels, ssd_step_triton
 from xtuner_ext.ops.choice import difference
 
 # ``xtuner_ext.ops`` names functions after some of its modules.
-causal_conv, ssd, ssd_step = (sys.modules[f"xtuner_ext.ops.{name}"] for name in ("causal_conv", "ssd", "ssd_step"))
+causal_conv, causal_conv_step, ssd, ssd_step = (
+    sys.modules[f"xtuner_ext.ops.{name}"] for name in ("causal_conv", "causal_conv_step", "ssd", "ssd_step")
+)
 
 CASES = {
     "step": (ssd_step, ssd_step._torch_step, ssd_step_triton.triton_step, [(8, 16), (5, 12)]),
+    "convolution step": (
+        causal_conv_step,
+        causal_conv_step._torch_step,
+        causal_conv_step_triton.triton_conv_step,
+        [(2, True), (4, True), (3, False)],
+    ),
     "mamba_ssm": (ssd, ssd.torch_ssd, ssd_kernels.triton_ssd, [(16, 16)]),
     "fla": (ssd, ssd.torch_ssd, ssd_kernels.fla_ssd, [(16, 16)]),
     "fla convolution": (

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from tests.reference.ssd import naive_causal_conv
-from xtuner_ext.ops.causal_conv import causal_conv, causal_conv_step
+from xtuner_ext.ops import causal_conv_kernels, causal_conv_torch
+from xtuner_ext.ops.causal_conv import causal_conv
+from xtuner_ext.ops.causal_conv_torch import torch_conv
 
 CHANNELS = 5
 WIDTHS = (2, 4)
@@ -94,21 +96,6 @@ def test_split_equals_whole_when_the_state_is_handed_on(cut, width):
     assert torch.equal(state, end) and torch.equal(end, x[:, -(width - 1) :].transpose(1, 2))
 
 
-@pytest.mark.parametrize("activation", ["silu", None])
-@pytest.mark.parametrize("width", WIDTHS, ids="width{}".format)
-def test_steps_equal_the_convolution(width, activation):
-    arguments = make_inputs(6, width)
-    whole, end = causal_conv(**arguments, activation=activation, return_final_state=True)
-    x, state, outputs = arguments["x"], arguments["initial_state"], []
-    for t in range(x.shape[1]):
-        y, state = causal_conv_step(
-            x[:, t], arguments["weight"], arguments["bias"], activation=activation, state=state
-        )
-        outputs.append(y)
-    torch.testing.assert_close(torch.stack(outputs, 1), whole)
-    assert torch.equal(state, end)
-
-
 def test_state_of_a_short_sequence_is_filled_with_zeros():
     arguments = make_inputs(1, 4)
     del arguments["initial_state"]
@@ -129,10 +116,10 @@ def test_bf16_stays_close_to_fp32():
     "option, message",
     [
         ({"activation": "gelu"}, "unknown activation 'gelu' of causal_conv, expected 'silu' or None"),
-        ({"backend": "triton"}, "unknown causal_conv backend 'triton', expected one of auto, torch, cuda"),
-        ({"backend": "cuda"}, "takes no initial state"),
+        ({"backend": "triton"}, "unknown causal_conv backend 'triton', expected one of auto, torch, cuda, fla"),
+        ({"backend": "cuda"}, "takes kernels of 2 to 4 taps and a number of channels that 8 divides, not 2 taps"),
     ],
-    ids=["activation", "backend", "cuda with a state"],
+    ids=["activation", "backend", "cuda with odd channels"],
 )
 def test_what_cannot_be_done_is_refused(option, message):
     with pytest.raises(ValueError, match=message):
@@ -145,18 +132,57 @@ def test_cpu_needs_no_cuda_package(monkeypatch):
     assert torch.equal(causal_conv(**arguments), causal_conv(**arguments, backend="torch"))
 
 
-if not torch.cuda.is_available():
-    MISSING = "no CUDA device"
-else:
-    MISSING = "" if importlib.util.find_spec("causal_conv1d") else "causal_conv1d is not installed"
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(bool(MISSING), reason=MISSING or "nothing is missing")
 @pytest.mark.parametrize("packed", [False, True], ids=["one segment", "packed"])
-def test_the_cuda_kernel_equals_the_sum_over_taps_with_every_gradient(packed):
+@pytest.mark.parametrize("tokens", [5, 12, 25], ids="most{}".format)
+def test_pieces_of_what_is_too_large_give_the_whole(tokens, packed, monkeypatch):
+    monkeypatch.setattr(causal_conv_kernels, "INT32_ELEMENTS", tokens * CHANNELS)
+    arguments = make_inputs(11, 4, batch=3)
+    ids = torch.tensor([[0] * 4 + [1] * 7, [0] * 3 + [1] * 8, [0] * 9 + [1, 2]]) if packed else None
+    whole = torch_conv(**arguments, activation="silu", segment_ids=ids)
+    order = ("x", "weight", "bias")
+    sizes = []
+
+    def convolve(x, *others):
+        sizes.append(x.shape[0] * x.shape[1])
+        return torch_conv(x, *others)
+
+    parts = causal_conv_kernels.in_pieces(
+        convolve, *(arguments[name] for name in order), "silu", ids, arguments["initial_state"]
+    )
+    torch.testing.assert_close(parts, whole)
+    assert len(sizes) > 1 and max(sizes) <= tokens
+    gradients = [torch.autograd.grad(y.square().sum(), list(arguments.values())) for y in (parts, whole)]
+    for ours, theirs in zip(*gradients):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["one segment", "packed"])
+def test_blocks_of_a_few_tokens_give_the_whole(packed, monkeypatch):
+    """Also blocks shorter than the kernel."""
+    ids = torch.tensor([[0] * 4 + [1] * 5, [0] * 8 + [1]]) if packed else None
+    for block in (1, 2, 5):
+        monkeypatch.setattr(causal_conv_torch, "BLOCK", block * 2 * CHANNELS)
+        assert_same_with_gradients(make_inputs(9, 4), segment_ids=ids)
+
+
+def _missing(package):
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    return "" if importlib.util.find_spec(package) else f"{package} is not installed"
+
+
+def _backend(name, package):
+    reason = _missing(package)
+    return pytest.param(name, marks=[pytest.mark.gpu, pytest.mark.skipif(bool(reason), reason=reason)], id=name)
+
+
+@pytest.mark.parametrize("backend", [_backend("cuda", "causal_conv1d"), _backend("fla", "fla")])
+@pytest.mark.parametrize("state", [False, True], ids=["no state", "state"])
+@pytest.mark.parametrize("packed", [False, True], ids=["one segment", "packed"])
+def test_kernels_equal_the_sum_over_taps_with_every_gradient(packed, state, backend):
     arguments = make_inputs(64, 4, channels=64)
-    del arguments["initial_state"]
+    if not state:
+        del arguments["initial_state"]
     arguments = {name: value.detach().cuda().requires_grad_() for name, value in arguments.items()}
     ids = torch.repeat_interleave(torch.arange(4), 16).expand(2, -1).cuda() if packed else None
-    assert_same_with_gradients(arguments, segment_ids=ids, backend="cuda", tolerance=1e-3)
+    assert_same_with_gradients(arguments, segment_ids=ids, backend=backend, tolerance=1e-3)

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from tests.reference.ssd import naive_ssd
+from xtuner_ext.ops import ssd_kernels
 from xtuner_ext.ops.ssd import ssd
 from xtuner_ext.ops.ssd_step import ssd_step
+from xtuner_ext.ops.ssd_torch import torch_ssd
 
 Q = 8
 LENGTHS = (1, Q - 1, Q, Q + 1, 3 * Q + 5)
@@ -83,11 +85,21 @@ def test_heads_share_the_B_and_C_of_their_group(groups):
     assert_same(run(chunked, arguments, chunk_size=Q), run(truth, arguments))
 
 
-def test_B_and_C_may_differ_in_groups():
-    arguments = make_inputs(Q + 3)
-    arguments["B"] = arguments["B"][:, :, :2]
-    whole = {**arguments, "B": arguments["B"].repeat_interleave(2, dim=2)}
-    assert_same(dict(y=chunked(**arguments, chunk_size=Q)[0]), dict(y=truth(**whole)[0]))
+@pytest.mark.parametrize("groups", [(2, 4), (4, 2), (1, 6), (2, 3), (3, 1)], ids="{0[0]} and {0[1]}".format)
+def test_B_and_C_may_differ_in_groups(groups):
+    heads = 4 if 4 in groups else 6
+    arguments = make_inputs(Q + 3, heads=heads, groups=heads)
+    for name, count in zip("BC", groups):
+        arguments[name] = arguments[name].detach()[:, :, :count].requires_grad_()
+    ids = torch.tensor([[0] * 5 + [1] * (Q - 2), [0] * (Q + 1) + [1] * 2])
+    alone = {name: value.detach() for name, value in arguments.items()}
+    alone.update({name: alone[name].repeat_interleave(heads // count, 2) for name, count in zip("BC", groups)})
+    alone = {name: value.requires_grad_() for name, value in alone.items()}
+    expected = run(truth, alone, segment_ids=ids)
+    for name, count in zip("BC", groups):
+        gradient = f"gradient of {name}"
+        expected[gradient] = expected[gradient].unflatten(2, (count, -1)).sum(3)
+    assert_same(run(chunked, arguments, chunk_size=Q, segment_ids=ids), expected)
 
 
 SEGMENTS = {
@@ -140,20 +152,6 @@ def test_split_equals_whole_when_the_state_is_handed_on(cut):
         y, state = chunked(**piece, **arguments, initial_state=state, chunk_size=Q)
         outputs.append(y)
     assert_same({"y": torch.cat(outputs, 1), "state": state}, {"y": whole, "state": end})
-
-
-def test_steps_equal_the_scan():
-    arguments = make_inputs(Q + 3, groups=2)
-    whole, end = chunked(**arguments, chunk_size=Q)
-    x, dt, B, C = (arguments[name] for name in ("x", "dt", "B", "C"))
-    state, outputs = arguments["initial_state"], []
-    for t in range(x.shape[1]):
-        y, state = ssd_step(
-            x[:, t], dt[:, t], arguments["A"], B[:, t], C[:, t], dt_bias=arguments["dt_bias"], state=state
-        )
-        outputs.append(y)
-    assert_same({"y": torch.stack(outputs, 1), "state": state}, {"y": whole, "state": end})
-    assert state.dtype == torch.float32
 
 
 @pytest.mark.parametrize("side", ["left", "right", "both"])
@@ -244,9 +242,35 @@ def test_unknown_backend_names_the_known_ones():
         ssd(**make_inputs(4), backend="cuda")
 
 
-def test_a_named_backend_does_not_ignore_what_it_cannot_do():
-    with pytest.raises(ValueError, match="'fla' takes packed rows as cu_seqlens"):
-        ssd(**make_inputs(4), segment_ids=torch.zeros(2, 4, dtype=torch.long), backend="fla")
+@pytest.mark.skipif(importlib.util.find_spec("fla") is not None, reason="fla is installed")
+def test_a_named_backend_that_is_missing_says_what_to_install():
+    with pytest.raises(ValueError, match="ssd backend 'fla' needs flash-linear-attention, which is not installed"):
+        ssd(**make_inputs(4), backend="fla")
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["one segment", "packed"])
+@pytest.mark.parametrize("most", [Q, 4 * Q, 6 * Q, 7 * Q], ids="most{}".format)
+def test_pieces_of_what_is_too_large_give_the_whole(most, packed, monkeypatch):
+    """Rows one after another, and long rows in pieces that hand their state on."""
+    monkeypatch.setattr(ssd_kernels, "INT32_ELEMENTS", most * 10)
+    arguments = make_inputs(3 * Q + 3, batch=3, groups=2)
+    ids = segment_ids = None
+    if packed:
+        ids = torch.tensor([[0] * Q + [1] * (2 * Q + 3), [0] * 3 + [1] * (3 * Q), [0] * (2 * Q + 1) + [1] * (Q + 2)])
+    tokens = []
+
+    def scan(x, dt, A, B, C, dt_bias, chunk_size, segment_ids, initial_state):
+        tokens.append(x.shape[0] * -(-x.shape[1] // chunk_size) * chunk_size)
+        assert segment_ids is None or (segment_ids[:, 0] == 0).all()
+        options = dict(dt_bias=dt_bias, chunk_size=chunk_size, segment_ids=segment_ids, initial_state=initial_state)
+        return torch_ssd(x, dt, A, B, C, **options)
+
+    def in_pieces(x, dt, A, B, C, dt_bias, initial_state):
+        return ssd_kernels.in_pieces(scan, 10, Q, x, dt, A, B, C, dt_bias, segment_ids, initial_state)
+
+    segment_ids = ids
+    assert_same(run(in_pieces, arguments), run(truth, arguments, segment_ids=ids))
+    assert len(tokens) > 1 and max(tokens) <= most
 
 
 def test_cpu_needs_no_cuda_package(monkeypatch):
@@ -268,8 +292,15 @@ def _backend(name, package):
     return pytest.param(name, marks=marks, id=name)
 
 
+def on_gpu(arguments):
+    return {name: value.detach().cuda().requires_grad_() for name, value in arguments.items()}
+
+
+KERNELS = [_backend("triton", "mamba_ssm"), _backend("fla", "fla")]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("backend", [_backend("triton", "mamba_ssm"), _backend("fla", "fla")])
+@pytest.mark.parametrize("backend", KERNELS)
 def test_kernels_equal_the_recurrence_with_every_gradient(backend, dtype):
     arguments = make_inputs(150, width=64, state=64)
     exact = run(truth, {name: value.detach().cuda().requires_grad_() for name, value in arguments.items()})
@@ -283,20 +314,31 @@ def test_kernels_equal_the_recurrence_with_every_gradient(backend, dtype):
         assert error < 0.02, f"{name} is off by {error:.2g}"
 
 
-@pytest.mark.parametrize("backend", [_backend("triton", "mamba_ssm")])
-def test_kernels_keep_packed_rows_apart(backend):
-    lengths = [70, 1, 64, 15]
-    arguments = {
-        name: value.detach().cuda() for name, value in make_inputs(150, batch=1, width=64, state=64).items()
-    }
-    del arguments["initial_state"]
-    ids = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))[None].cuda()
-    y = ssd(**arguments, segment_ids=ids, backend=backend)
-    expected, _ = truth(**arguments, segment_ids=ids)
-    assert (y.double() - expected).norm() / expected.norm() < 0.02
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("pieces", [False, True], ids=["at once", "in pieces"])
+def test_kernels_keep_packed_rows_apart_with_every_gradient(backend, pieces, monkeypatch):
+    if pieces:
+        monkeypatch.setattr(ssd_kernels, "INT32_ELEMENTS", 2**16)
+    arguments = on_gpu(make_inputs(150, width=64, state=64))
+    lengths = torch.tensor([[70, 1, 64, 15], [3, 100, 40, 7]])
+    ids = torch.stack([torch.repeat_interleave(torch.arange(4), row) for row in lengths])
+    exact = run(truth, arguments, segment_ids=ids.cuda())
+    result = run(chunked, arguments, segment_ids=ids.cuda(), backend=backend)
+    for name, expected in exact.items():
+        error = (result[name].double() - expected).norm() / expected.norm()
+        assert error < 0.02, f"{name} is off by {error:.2g}"
 
 
-@pytest.mark.parametrize("backend", [_backend("triton", "mamba_ssm"), _backend("fla", "fla")])
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_auto_gives_on_a_gpu_what_torch_gives():
+    arguments = on_gpu(make_inputs(300, width=64, state=64))
+    ours, twin = run(chunked, arguments), run(chunked, arguments, backend="torch")
+    for name, expected in twin.items():
+        assert (ours[name] - expected).norm() / expected.norm() < 0.02, name
+
+
+@pytest.mark.parametrize("backend", KERNELS)
 def test_kernels_skip_tokens_with_minus_infinity_in_dt(backend):
     arguments = {name: value.detach().cuda() for name, value in make_inputs(150, width=64, state=64).items()}
     arguments["dt"][:, ::3] = -torch.inf

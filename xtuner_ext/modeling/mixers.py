@@ -9,7 +9,8 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
-from ..ops.causal_conv import causal_conv, causal_conv_step
+from ..ops.causal_conv import causal_conv
+from ..ops.causal_conv_step import causal_conv_step
 from ..ops.decode_attention import decode_attention
 from ..ops.ssd import ssd
 from ..ops.ssd_step import ssd_step

@@ -6,7 +6,6 @@ Axis letters: B batch, L length, D channels, W kernel width.
 """
 
 import torch
-import torch.nn.functional as F
 
 from .causal_conv_kernels import cuda_conv, fla_conv, native_conv
 from .causal_conv_torch import torch_conv
@@ -66,26 +65,6 @@ def causal_conv(
     if not return_final_state:
         return y
     return y, _final_state(x, weight.shape[1], initial_state)
-
-
-def causal_conv_step(x, weight, bias=None, *, activation="silu", state):
-    """Convolve one token.
-
-    Args:
-        x (Tensor): (B, D).
-        weight (Tensor): (D, W).
-        bias (Tensor, optional): (D,).
-        activation (str | None): ``silu`` or None.
-        state (Tensor): The W-1 inputs before this one, (B, D, W-1).
-
-    Returns:
-        tuple[Tensor, Tensor]: y (B, D) and the new state (B, D, W-1).
-    """
-    window = torch.cat([state.to(x.dtype), x[..., None]], dim=-1)
-    y = (window * weight).sum(-1)
-    if bias is not None:
-        y = y + bias
-    return (F.silu(y) if activation else y), window[..., 1:]
 
 
 def _refusals(x, weight, segment_ids):

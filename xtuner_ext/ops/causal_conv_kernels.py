@@ -53,7 +53,7 @@ def in_pieces(convolve, x, weight, bias, activation, segment_ids, initial_state)
         first = max(0, start - before)
         part = slice(first, start + most - before)
         ids = None if segment_ids is None else segment_ids[:, part]
-        y = convolve(x[:, part], *shared, ids, initial_state if start == 0 else None)
+        y = convolve(x[:, part], *shared, ids, initial_state if first == 0 else None)
         ys.append(y[:, start - first :])
     return torch.cat(ys, 1)
 

@@ -105,7 +105,7 @@ class _Blocks:
         return given[:, first : first + given.shape[1] - (self.width - 1)]
 
     def within(self, t, start, back):
-        """Tensor: ``t`` (B, Q, D), zero where the token is of another segment than the one ``back`` places before it."""
+        """Tensor: ``t`` (B, Q, D), zero where the token ``back`` places before is of another segment."""
         if self.ids is None or back == 0:
             return t
         # What lies before the first token belongs to its segment; beyond the last there is nothing to read.

@@ -68,7 +68,7 @@ class Backends:
             kind (tuple): What beside these a kernel may stumble over; each is checked once.
             case (str): What else the time depends on, in words; each is timed once.
             refusals (dict[str, str]): Why a kernel cannot do what this call asks, by name.
-            run (Callable): Runs the call with a given implementation, to time it.
+            run (Callable): Runs the call with a given implementation and leaves no trace; tunes and times it.
 
         Returns:
             Callable: What to call.
@@ -86,7 +86,7 @@ class Backends:
             return self.twin
         key = (x.device, x.dtype, kind)
         if wanted != "auto":
-            return self._named(wanted, key, refusals)
+            return self._named(wanted, key, refusals, run)
         name = self.chosen.get((key, case))
         if name is None or name in refusals:
             able = [name for name, kernel in self.kernels.items() if name not in refusals and kernel.installed]
@@ -94,17 +94,17 @@ class Backends:
                 # Nothing may be run or timed now, so what passed its check before; not remembered.
                 name = next((name for name in able if self.faults.get((name, key)) == ""), "torch")
             else:
-                able = [name for name in able if not self._fault(name, key, warn=True)]
+                able = [name for name in able if not self._fault(name, key, run, warn=True)]
                 name = self.chosen[(key, case)] = self._fastest(able, x, case, run)
         return self.twin if name == "torch" else self.kernels[name].call
 
-    def _named(self, name, key, refusals):
+    def _named(self, name, key, refusals, run):
         kernel, what = self.kernels[name], f"{self.operation} backend {name!r}"
         if name in refusals:
             raise ValueError(f"{what} {refusals[name]}")
         if not kernel.installed:
             raise ValueError(f"{what} needs {kernel.package}, which is not installed")
-        if not recording(key[0]) and (fault := self._fault(name, key)):
+        if not recording(key[0]) and (fault := self._fault(name, key, run)):
             raise RuntimeError(f"{what} cannot be used: {fault}")
         return kernel.call
 
@@ -127,24 +127,31 @@ class Backends:
         logger.info(f"{what}: {best} ({', '.join(f'{name} {1e3 * time:.2f} ms' for name, time in seconds.items())})")
         return best
 
-    def _fault(self, name, key, warn=False):
+    def _fault(self, name, key, run, warn=False):
         """str: Why a kernel must not be used; empty where it agrees with the twin."""
         if (name, key) not in self.faults:
-            fault = self.faults[(name, key)] = self._check(self.kernels[name].call, *key)
+            fault = self.faults[(name, key)] = self._check(self.kernels[name].call, *key, run)
             if fault and warn:
                 logger.warning(f"{self.operation} backend {name!r} is left out: {fault}")
         return self.faults[(name, key)]
 
-    def _check(self, call, device, dtype, kind):
+    def _check(self, call, device, dtype, kind, run):
         where = f"on {device} in {_word(dtype)}"
+        # Whatever someone else's kernel raises, on whatever machine: the twin can do its work.
+        try:
+            # The call's own size first: kernels remember what they tuned by widths alone, and what is best for the
+            # probe's few tokens is not for many.
+            run(call)
+        except torch.OutOfMemoryError:
+            logger.info(f"{self.operation} {where}: no memory is left to tune a kernel")
+        except Exception as error:
+            return _ended(where, error)
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
             expected = self.probe(self.twin, device, dtype, kind)
             try:
                 found = self.probe(call, device, dtype, kind)
-            # Whatever someone else's kernel raises, on whatever machine: the twin can do its work.
             except Exception as error:
-                reason = next(iter(str(error).splitlines()), "")
-                return f"{where} it ends in {type(error).__name__}: {reason}"
+                return _ended(where, error)
         for name, value in expected.items():
             error = difference(found[name], value)
             if not error <= TOLERANCE:
@@ -181,11 +188,12 @@ def run_detached(implementation, tensors, options, trains):
         trains (bool): Whether gradients are asked for.
     """
     with torch.set_grad_enabled(trains):
-        copies = {name: None if t is None else t.detach().requires_grad_(t.requires_grad) for name, t in tensors.items()}
-        result = implementation(**copies, **options)
+        given = {name: t for name, t in tensors.items() if t is not None}
+        copies = {name: t.detach().requires_grad_(t.requires_grad) for name, t in given.items()}
+        result = implementation(**{**tensors, **copies}, **options)
         y = result[0] if isinstance(result, tuple) else result
         if trains:
-            leaves = [t for t in copies.values() if t is not None and t.requires_grad]
+            leaves = [t for t in copies.values() if t.requires_grad]
             torch.autograd.grad(y, leaves, torch.ones_like(y), allow_unused=True)
 
 
@@ -234,6 +242,10 @@ def import_part(package, module):
     except ImportError:
         del sys.modules[package]
         raise
+
+
+def _ended(where, error):
+    return f"{where} it ends in {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
 def _word(dtype):

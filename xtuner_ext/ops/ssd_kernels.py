@@ -6,10 +6,10 @@ Axis letters: B batch, L length, H heads, G groups, P head width, N state width,
 import importlib
 
 import torch
-import torch.nn.functional as F
 
 from .choice import import_part
 from .segments import flat_segments
+from .ssd_torch import LOG2_E, STRONGEST_DECAY, time_steps
 
 # Elements that 32-bit pointer arithmetic reaches, and chunks that one axis of a CUDA grid holds.
 INT32_ELEMENTS = 2**31 - 1
@@ -98,23 +98,25 @@ def _triton(x, dt, A, B, C, dt_bias, chunk_size, segment_ids, initial_state):
 def _fla(x, dt, A, B, C, dt_bias, chunk_size, segment_ids, initial_state):
     kernel = importlib.import_module("fla.ops.simple_gla").chunk_simple_gla
     batch, length, heads, _ = x.shape
-    dt = dt.float() if dt_bias is None else dt.float() + dt_bias.float()
-    delta = F.softplus(dt)
-    sequences = [_repeat_groups(C, heads), _repeat_groups(B, heads), x * delta[..., None].to(x.dtype), delta * A.float()]
+    delta = time_steps(dt, dt_bias)
+    log_decay = (delta * A.float()).clamp(STRONGEST_DECAY / LOG2_E, 0)
+    sequences = [_repeat_groups(C, heads), _repeat_groups(B, heads), x * delta[..., None].to(x.dtype), log_decay]
     # fla keeps its states as (B, H, N, P).
     state = None if initial_state is None else initial_state.float().transpose(-1, -2)
     borders = last = None
     if segment_ids is not None:
         # All rows end to end, every segment a sequence with a state of its own.
         borders, first, last = flat_segments(segment_ids)
+        chunks = batch * -(-length // chunk_size)
+        if (len(borders) - 1) * heads * x.shape[3] * B.shape[3] > INT32_ELEMENTS and chunks > 1:
+            by_token = INT32_ELEMENTS // (chunk_size * (chunks // 2))
+            return in_pieces(_fla, by_token, chunk_size, x, dt, A, B, C, dt_bias, segment_ids, initial_state)
         sequences = [t.reshape(1, batch * length, *t.shape[2:]) for t in sequences]
         if state is not None:
             state = state.new_zeros(len(borders) - 1, *state.shape[1:]).index_copy(0, first, state)
     q, k, v, g = (t.contiguous() for t in sequences)
     state = None if state is None else state.contiguous()
-    y, state = kernel(
-        q, k, v, g=g, scale=1.0, initial_state=state, output_final_state=True, cu_seqlens=borders
-    )
+    y, state = kernel(q, k, v, g=g, scale=1.0, initial_state=state, output_final_state=True, cu_seqlens=borders)
     state = state if last is None else state[last]
     return y.view(x.shape), state.transpose(-1, -2).float()
 

@@ -7,10 +7,10 @@ at all with ``in_place``. Nothing here waits for a result, so a CUDA graph can r
 """
 
 import torch
-import torch.nn.functional as F
 
 from .choice import Backends, Kernel
 from .ssd_step_triton import triton_step
+from .ssd_torch import time_steps
 
 
 def ssd_step(x, dt, A, B, C, *, dt_bias=None, state, in_place=False, backend="auto"):
@@ -44,10 +44,14 @@ def ssd_step(x, dt, A, B, C, *, dt_bias=None, state, in_place=False, backend="au
         if backend not in ("auto", "torch"):
             raise ValueError(f"ssd_step backend {backend!r} gives no gradients: use 'torch'")
         return _differentiable_step(*given)
-    call = STEP.choose(backend, x, (x.shape[2], B.shape[2]), "one token", {}, None)
+    call = STEP.choose(backend, x, (x.shape[2], B.shape[2]), "one token", {}, _no_tuning)
     if not in_place:
         state = state.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
     return call(x, dt, A, B, C, dt_bias, state), state
+
+
+def _no_tuning(implementation):
+    """Nothing to tune: the kernel has one setting."""
 
 
 def _torch_step(x, dt, A, B, C, dt_bias, state):
@@ -69,11 +73,6 @@ def _differentiable_step(x, dt, A, B, C, dt_bias, state):
     decay = torch.exp(delta * A)[..., None, None]
     state = decay * state.float() + (delta[..., None] * x.float())[..., None] * B[:, :, None]
     return (state * C[:, :, None]).sum(-1).to(x.dtype), state
-
-
-def time_steps(dt, dt_bias):
-    """Tensor: softplus(dt + dt_bias) in fp32."""
-    return F.softplus(dt.float() if dt_bias is None else dt.float() + dt_bias.float())
 
 
 def _by_head(t, heads):

@@ -141,8 +141,7 @@ class _Chunks:
         self.rooms = {}
         self.future = torch.full((self.size, self.size), -torch.inf, device=x.device).triu_(1)
         # Head-major and padded to whole chunks by tokens that do nothing: (B, H, chunk, Q).
-        self.raw = dt.float() if dt_bias is None else dt.float() + dt_bias.float()
-        self.delta = self._by_chunk(F.softplus(self.raw).transpose(1, 2))
+        self.delta = self._by_chunk(time_steps(dt, dt_bias).transpose(1, 2))
         log_decay = (self.delta * (A.float() * LOG2_E)[:, None, None]).clamp_(STRONGEST_DECAY, 0)
         self.total = log_decay.cumsum_(-1)
         end = self.total[..., -1:]
@@ -333,9 +332,19 @@ class _Gradients:
         log_decay = self.total.flip(-1).cumsum(-1).flip(-1)
         dA = (log_decay * chunks.delta).sum((0, 2, 3))
         delta = self.delta.addcmul_(log_decay, chunks.A.float()[:, None, None])
-        raw = delta.flatten(2)[..., : chunks.length].transpose(1, 2) * torch.sigmoid(chunks.raw)
+        raw = delta.flatten(2)[..., : chunks.length].transpose(1, 2)
+        raw = raw * torch.sigmoid(_biased(chunks.dt, chunks.dt_bias))
         dbias = None if chunks.dt_bias is None else raw.sum((0, 1)).to(chunks.dt_bias.dtype)
         return raw.to(chunks.dt.dtype), dA.to(chunks.A.dtype), dbias
+
+
+def time_steps(dt, dt_bias):
+    """Tensor: delta = softplus(dt + dt_bias) in fp32."""
+    return F.softplus(_biased(dt, dt_bias))
+
+
+def _biased(dt, dt_bias):
+    return dt.float() if dt_bias is None else dt.float() + dt_bias.float()
 
 
 def _count_pairs(heads, groups_B, groups_C):
