@@ -11,11 +11,11 @@ import argparse
 import functools
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 from training import machine
@@ -251,10 +251,10 @@ def measure_bandwidth(device):
     target, best = torch.empty_like(source), 0.0
     for _ in range(6):
         synchronize(device)
-        begun = time.perf_counter()
+        begun = clock(device)
         target.copy_(source)
         synchronize(device)
-        best = max(best, 2 * source.numel() * 4 / (time.perf_counter() - begun) / 1e9)
+        best = max(best, 2 * source.numel() * 4 / (clock(device) - begun) / 1e9)
     return best
 
 
@@ -372,11 +372,9 @@ def read(args, dtype):
         config.layer_types = config.layer_types[: config.num_hidden_layers]
     model = build(functools.partial(HybridVLForCausalLM, config), args.device, dtype)
     ids = torch.randint(0, config.vocab_size, (1, args.read), device=args.device)
-    if args.device == "cuda":
-        # Kernels are compiled on first use.
-        model.prefill(ids[:, :4096])
-        torch.cuda.reset_peak_memory_stats()
-    before = peak_bytes(args.device)
+    # Kernels are compiled, libraries allocate on first use.
+    model.prefill(ids[:, :64])
+    before = restart_peak(args.device)
     synchronize(args.device)
     begun = clock(args.device)
     model.prefill(ids)
@@ -384,11 +382,24 @@ def read(args, dtype):
     return {"seconds": clock(args.device) - begun, "peak_bytes": peak_bytes(args.device) - before}
 
 
-def peak_bytes(device):
-    """int: Most bytes taken so far, of the GPU or by this process."""
+def restart_peak(device):
+    """int: Bytes that are taken now, from which the peak is counted anew."""
     if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
+
+
+def peak_bytes(device):
+    """int: Most bytes taken since :func:`restart_peak`, of the GPU or by this process."""
+    return torch.cuda.max_memory_allocated() if device == "cuda" else resident("VmHWM")
+
+
+def resident(name):
+    """int: Bytes of one line of Linux's account of this process' memory."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[name].split()[0]) * 1024
 
 
 def read_apart(args, length):
@@ -428,7 +439,7 @@ def claims(rows, prefill):
         name = f"reading {long:,} tokens over reading {short:,}, by tokens"
         found.append(_claim(name, seconds[long] / seconds[short] / (long / short), LINEAR_BAR))
         name = f"memory for reading {long:,} tokens over that for {short:,}"
-        found.append(_claim(name, peak[long] / peak[short], FLAT_BAR))
+        found.append(_claim(name, peak[long] / max(peak[short], 1), FLAT_BAR))
     return found
 
 
