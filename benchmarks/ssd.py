@@ -7,7 +7,8 @@ token by token in fp64. Repetitions are interleaved and the best of each is take
 More than half of what transformers' functions take on Linux goes into memory that they give back to the kernel and ask
 for again. xtuner-ext's own verbs keep freed memory, which helps both, so the last table repeats the scan that way.
 
-With --device cuda: milliseconds of every installed kernel, and what it is off from the twin in fp32.
+With --device cuda: milliseconds of every installed kernel, of its first call, and what it is off from the twin in
+fp32.
 """
 
 import argparse
@@ -47,12 +48,15 @@ def main():
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens of the timed rows")
     parser.add_argument("--repeats", type=int, default=5)
+    everything = ["native", "triton", "fla", "auto", "torch", "transformers"]
+    parser.add_argument("--backends", nargs="+", choices=everything, default=everything, help="on a GPU")
+    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"], help="there")
     parser.add_argument("--json", action="store_true", help="end with one line of claims as JSON")
     args = parser.parse_args()
     # transformers says in every process that its torch functions are slow.
     logging.set_verbosity_error()
     if args.device == "cuda":
-        claims = on_gpu(args.lengths, args.repeats)
+        claims = on_gpu(args)
     else:
         torch.set_num_threads(1)
         claims = scan_claims(args.lengths, args.repeats) + other_claims(args.lengths, args.repeats) + error_claims()
@@ -251,65 +255,56 @@ def has_bf16():
         return "avx512_bf16" in file.read()
 
 
-def on_gpu(lengths, repeats):
-    """list[dict]: How far every kernel is off from the twin; prints its milliseconds."""
-    claims = []
-    print("| tokens, dtype, backend | forward | forward and backward | off from torch in fp32 |\n|---|---:|---:|---:|")
-    for length in lengths:
+def on_gpu(args):
+    """list[dict]: How far every kernel is off from the twin; prints its milliseconds and those of the first call."""
+    bandwidth, claims = measure_bandwidth(), []
+    head = "| tokens, dtype, backend | forward, ms | share of roofline | forward and backward, ms | first call, s | off from fp32 |"
+    print(f"{head}\n|---|---:|---:|---:|---:|---:|")
+    for length in args.lengths:
         exact = with_gradients_on_gpu(partial(ssd, backend="torch"), inputs(length, device="cuda"))
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in (getattr(torch, name) for name in args.dtypes):
             arguments = inputs(length, dtype=dtype, device="cuda")
-            for name, call in gpu_calls().items():
+            # Every input read and the output written once.
+            moved = 2 * arguments["x"].nbytes + arguments["B"].nbytes + arguments["C"].nbytes
+            for name, call in gpu_calls(args.backends).items():
+                begun = time.perf_counter()
                 try:
                     found = with_gradients_on_gpu(call, arguments)
                 except (RuntimeError, ValueError) as error:
-                    print(f"| {length}, {dtype}, {name} | {str(error).splitlines()[0]} | | |", flush=True)
+                    print(f"| {length:,}, {name} | {str(error).splitlines()[0]} | | | | |", flush=True)
                     continue
+                first = time.perf_counter() - begun
                 off = max(relative_error(value, exact[key].double()) for key, value in found.items())
                 runs = {run: partial(waited, partial(run, call, arguments)) for run in (forward, training)}
-                seconds = best_times(runs, repeats, clock=time.perf_counter)
-                cells = " | ".join(f"{1e3 * value:.3f} ms" for value in seconds.values())
-                print(f"| {length}, {str(dtype)[6:]}, {name} | {cells} | {off:.1e} |", flush=True)
-                case = f"off from torch in fp32, {length} tokens, {dtype}, {name}"
-                claims.append(claim(case, off, GPU_ERROR_BAR, larger=False))
-    gpu_other_table(lengths[0], repeats)
+                times = best_times(runs, args.repeats, clock=time.perf_counter)
+                share = moved / bandwidth / times[forward]
+                case = f"{length:,}, {str(dtype)[6:]}, {name}"
+                cells = f"{1e3 * times[forward]:.3f} | {share:.0%} | {1e3 * times[training]:.3f} | {first:.1f}"
+                print(f"| {case} | {cells} | {off:.1e} |", flush=True)
+                claims.append(claim(f"off from torch in fp32, {case}", off, 0.02, larger=False))
+    print(f"\nRoofline: inputs and output moved once at {bandwidth / 1e9:,.0f} GB/s")
     return claims
 
 
-def gpu_other_table(length, repeats):
-    """Print milliseconds of the convolution and of 24 decode steps, as a token takes, by backend."""
-    print("\n| in bf16, backend | milliseconds |\n|---|---:|")
-    channels = 3 * HEADS * WIDTH
-    shapes = {"x": (1, length, channels), "weight": (channels, 4), "bias": (channels,)}
-    row = {name: torch.randn(s, device="cuda", dtype=torch.bfloat16, requires_grad=True) for name, s in shapes.items()}
-    token = inputs(1, dtype=torch.bfloat16, device="cuda")
-    token = {name: t.detach() if t.ndim == 1 else t.detach()[:, 0] for name, t in token.items()}
-    state = torch.zeros(1, HEADS, WIDTH, STATE, device="cuda")
-
-    def steps(**options):
-        for _ in range(24):
-            ssd_step(**token, state=state, in_place=True, **options)
-
-    runs = {}
-    for backend in ("cuda", "fla", "torch", "auto"):
-        for run in (forward, training):
-            case = f"{length} tokens, {channels} channels, {run.__name__}, {backend}"
-            runs[case] = partial(run, partial(causal_conv, backend=backend), row)
-    for backend in ("triton", "torch"):
-        runs[f"24 decode steps, {backend}"] = partial(steps, backend=backend)
-    for case, run in runs.items():
-        try:
-            seconds = best_times({case: partial(waited, run)}, repeats, clock=time.perf_counter)[case]
-            print(f"| {case} | {1e3 * seconds:.3f} |", flush=True)
-        except (RuntimeError, ValueError) as error:
-            print(f"| {case} | {str(error).splitlines()[0]} |", flush=True)
+def measure_bandwidth():
+    """float: Bytes a second that a GPU reads and writes, best of five copies of 1 GiB."""
+    source = torch.ones(1 << 28, device="cuda")
+    target = torch.empty_like(source)
+    best = best_times({"copy": partial(waited, partial(target.copy_, source))}, 5, clock=time.perf_counter)["copy"]
+    return 2 * source.nbytes / best
 
 
-def gpu_calls():
+def gpu_calls(backends):
     """dict[str, Callable]: Scans by name."""
-    calls = {f"triton, chunk {chunk}": partial(ssd, backend="triton", chunk_size=chunk) for chunk in (64, 128, 256)}
-    calls = {**calls, "fla": partial(ssd, backend="fla"), "auto": ssd, "torch": partial(ssd, backend="torch")}
-    return {**calls, "transformers' torch": partial(transformers_scan, chunk_size=256)}
+    calls = {}
+    for name in backends:
+        if name == "triton":
+            calls |= {f"triton, chunk {chunk}": partial(ssd, backend=name, chunk_size=chunk) for chunk in (128, 256)}
+        elif name == "transformers":
+            calls["transformers' torch"] = partial(transformers_scan, chunk_size=256)
+        else:
+            calls[name] = partial(ssd, backend=name)
+    return calls
 
 
 def with_gradients_on_gpu(call, arguments):

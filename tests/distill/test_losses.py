@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from xtuner_ext.distill import losses
+from xtuner_ext.distill import losses
 from xtuner_ext.distill.losses import alignment_error, chunked_divergence, logit_divergence
 
 
@@ -65,6 +66,20 @@ def test_chunked_divergence_equals_full_logits_with_every_gradient(direction, ch
         assert torch.allclose(ours, theirs, atol=1e-5), name
     assert torch.isclose(total, full)
     assert agreed == ((hidden @ head.T).argmax(-1) == (target @ target_head.T).argmax(-1)).sum()
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse", "js"])
+def test_words_added_for_fast_products_change_nothing(direction, monkeypatch):
+    torch.manual_seed(0)
+    leaves = [torch.randn(n, 8, requires_grad=True) for n in (5, 13)]
+    target, target_head = torch.randn(5, 8), torch.randn(13, 8)
+    found = {}
+    for words in (1, 8):
+        monkeypatch.setattr(losses, "WORDS", {"cpu": words})
+        total, agreed = chunked_divergence(*leaves, target, target_head, direction, 2.0, chunk_rows=2)
+        found[words] = [total, agreed, *torch.autograd.grad(total, leaves)]
+    for plain, padded in zip(found[1], found[8]):
+        torch.testing.assert_close(padded, plain)
 
 
 def test_a_tied_head_gets_the_gradient_of_both_its_uses():

@@ -222,7 +222,9 @@ class Mamba2Mixer(nn.Module):
             return causal_conv(vkq, weight, bias, activation=activation, segment_ids=segment_ids)
         state = cache.layers[self.layer_idx].conv_states[0]
         if state is not None and vkq.shape[1] == 1:
-            output, state = causal_conv_step(vkq[:, 0], weight, bias, activation=activation, state=state)
+            # The cache keeps what it is given, so nothing is lost by writing there at once.
+            options = dict(activation=activation, state=state, in_place=not torch.is_grad_enabled())
+            output, state = causal_conv_step(vkq[:, 0], weight, bias, **options)
             output = output[:, None]
         else:
             output, state = causal_conv(
@@ -252,7 +254,8 @@ class Mamba2Mixer(nn.Module):
             )
         state = cache.layers[self.layer_idx].recurrent_states[0]
         if state is not None and x.shape[1] == 1:
-            y, state = ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], dt_bias=self.dt_bias, state=state)
+            options = dict(dt_bias=self.dt_bias, state=state, in_place=not torch.is_grad_enabled())
+            y, state = ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], **options)
             y = y[:, None]
         else:
             y, state = ssd(
