@@ -77,7 +77,11 @@ def compare(args, names, share, train_head):
     for key in ("threads", "vocabulary", "tokens", "width"):
         options += [f"--{key}", getattr(args, key)]
     for name in names:
-        found[name]["bytes"] = in_fresh_process(__file__, *options, "--memory-of", name, share, int(train_head))
+        if args.device == "cuda":
+            # torch's own count starts anew at any time.
+            found[name]["bytes"] = memory_of_step(args, name, share, train_head)
+        else:
+            found[name]["bytes"] = in_fresh_process(__file__, *options, "--memory-of", name, share, int(train_head))
     inputs = make_inputs(args, args.timed_tokens, share, train_head)
     truth = step(full, inputs)
     for name in names:
