@@ -166,7 +166,7 @@ class Largest(TorchDispatchMode):
 
 def test_logits_never_exist_for_more_rows_than_asked_for_or_than_the_bytes_hold(monkeypatch):
     hidden, head = torch.randn(50, 4, requires_grad=True), torch.randn(1000, 4, requires_grad=True)
-    monkeypatch.setitem(losses.CHUNK_BYTES, "cpu", 4 * 1000 * 20)
+    monkeypatch.setattr(losses, "CHUNK_BYTES", 4 * 1000 * 20)
     for asked, rows in ((7, 7), (None, 20)):
         with Largest(1000) as largest:
             chunked_divergence(hidden, head, torch.randn(50, 4), head, chunk_rows=asked)[0].backward()

@@ -9,9 +9,9 @@ import math
 import torch
 import torch.nn.functional as F
 
-# One chunk of logits in fp32. A processor's matrix product loses speed below a few hundred rows of a vocabulary of
-# 100,000, a GPU's below a thousand; four such chunks are alive at a time.
-CHUNK_BYTES = {"cpu": 96 * 2**20, "cuda": 512 * 2**20}
+# One chunk of logits in fp32, of which four are alive at a time. A matrix product loses speed below a few hundred rows
+# of a vocabulary of 100,000.
+CHUNK_BYTES = 96 * 2**20
 # Words that a device's fast products want a multiple of: others run at a third of the speed on an H200.
 WORDS = {"cuda": 8}
 # Logit of words that are not there; finite, so that nothing turns into 0 * infinity.
@@ -132,13 +132,15 @@ def chunked_divergence(
         chunk_rows = rows_per_chunk(student_head)
     words = len(student_head)
     if surplus := -words % WORDS.get(device, 1):
-        tensors[1::2] = (F.pad(head, (0, 0, 0, surplus)) for head in tensors[1::2])
+        tensors[1] = F.pad(student_head, (0, 0, 0, surplus))
+        shared = student_head.data_ptr() == teacher_head.data_ptr()
+        tensors[3] = tensors[1].detach() if shared else F.pad(tensors[3], (0, 0, 0, surplus))
     return _ChunkedDivergence.apply(*tensors, words, direction, temperature, chunk_rows, scale)
 
 
 def rows_per_chunk(head):
     """int: Rows whose fp32 logits by an output embedding (V, D) take ``CHUNK_BYTES``."""
-    return max(1, CHUNK_BYTES.get(head.device.type, CHUNK_BYTES["cuda"]) // (4 * len(head)))
+    return max(1, CHUNK_BYTES // (4 * len(head)))
 
 
 def check_backend(backend, direction, temperature):
