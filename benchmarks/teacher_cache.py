@@ -23,7 +23,7 @@ def main():
     """Train, measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--iterations", type=int, nargs=3, default=(60, 60, 150), metavar="N", help="of stages 1, 2, 3")
-    parser.add_argument("--top-k", type=int, nargs="+", default=[8, 32, EVERYTHING], help="caches; a large number is all")
+    parser.add_argument("--top-k", type=int, nargs="+", default=[8, 32, EVERYTHING], help="of the caches")
     parser.add_argument("--seeds", type=int, default=3, help="orders of stage 3's data")
     parser.add_argument("--turns", type=int, default=7, help="timed steps of each kind")
     parser.add_argument("--work-dir", type=Path, default=REPOSITORY / "work_dirs" / "teacher_cache")
@@ -99,7 +99,7 @@ def config_dataset(batches):
 def print_table(rows):
     """Print one Markdown row per cache."""
     first = rows[ONLINE]
-    print("| stage 3 with | bytes per supervised token | step, CPU seconds | of the first | held-out KL | of the first |")
+    print("| stage 3 with | bytes a supervised token | step, CPU seconds | of the first | held-out KL | of the first |")
     print("|---|---:|---:|---:|---:|---:|")
     for name, row in rows.items():
         size = f"{row['bytes']:,.0f}" if "bytes" in row else ""

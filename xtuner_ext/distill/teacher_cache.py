@@ -2,7 +2,8 @@
 
 A cache is a folder: ``teacher_cache.json`` says what it was made from, and ``shard_00000.safetensors`` and so on hold,
 for consecutive samples, ``values`` (R, K), ``ids`` (R, K) and, in fp32, ``rest`` (R,) of
-:func:`~xtuner_ext.distill.top_k.top_k_targets`, and for every sample its ``source``, ``line`` and the ``end`` of its rows.
+:func:`~xtuner_ext.distill.top_k.top_k_targets`, and for every sample its ``source``, its ``line`` and the ``end`` of
+its rows.
 
 Values are log-probabilities, which lie between -30 and 0 where they matter: fp16 rounds them eight times finer than
 bf16 in the same two bytes. Ids take two bytes where the vocabulary has at most 65,536 tokens, four otherwise. A
