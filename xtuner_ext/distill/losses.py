@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 # One chunk of logits in fp32. A processor's matrix product loses speed below a few hundred rows of a vocabulary of
 # 100,000, a GPU's below a thousand; four such chunks are alive at a time.
-CHUNK_BYTES = {"cpu": 96 * 2**20, "cuda": 512 * 2**20}
+CHUNK_BYTES = {"cpu": 192 * 2**20, "cuda": 512 * 2**20}
 BACKENDS = ("auto", "torch", "liger", "fla")
 
 
