@@ -67,6 +67,17 @@ def test_chunked_divergence_equals_full_logits_with_every_gradient(direction, ch
     assert agreed == ((hidden @ head.T).argmax(-1) == (target @ target_head.T).argmax(-1)).sum()
 
 
+@pytest.mark.parametrize("direction", ["forward", "reverse", "js"])
+def test_written_down_gradients_are_the_derivatives(direction):
+    torch.manual_seed(0)
+    hidden, head, target, target_head = (torch.randn(n, 4, dtype=torch.float64) for n in (5, 7, 5, 7))
+
+    def loss(hidden, head):
+        return chunked_divergence(hidden, head, target, target_head, direction, 1.5, chunk_rows=2, scale=0.3)[0]
+
+    assert torch.autograd.gradcheck(loss, (hidden.requires_grad_(), head.requires_grad_()))
+
+
 def test_a_tied_head_gets_the_gradient_of_both_its_uses():
     torch.manual_seed(0)
     words, target, target_head = torch.randn(13, 8, requires_grad=True), torch.randn(5, 8), torch.randn(13, 8)

@@ -151,9 +151,10 @@ class _ChunkedDivergence(torch.autograd.Function):
         ctx, student_hidden, student_head, teacher_hidden, teacher_head, direction, temperature, chunk_rows, scale
     ):
         wants_hidden, wants_head = ctx.needs_input_grad[:2]
+        precise = torch.promote_types(student_hidden.dtype, torch.float32)
         hidden_gradient = torch.empty_like(student_hidden) if wants_hidden else None
-        head_gradient = torch.zeros_like(student_head, dtype=torch.float32) if wants_head else None
-        total, agreed = student_hidden.new_zeros((), dtype=torch.float32), torch.zeros((), device=student_hidden.device)
+        head_gradient = torch.zeros_like(student_head, dtype=precise) if wants_head else None
+        total, agreed = student_hidden.new_zeros(2, dtype=precise)
         # Powers of two round nothing. They keep gradients near 1, where fp16 has its digits, until the scale is known.
         lift = 256.0 if student_hidden.dtype == torch.float16 else 1.0
         boost = 2.0 ** -math.floor(math.log2(scale))
@@ -161,7 +162,7 @@ class _ChunkedDivergence(torch.autograd.Function):
         factor = scale * boost * temperature
         # Allocated once: fresh pages for every chunk would cost more than the arithmetic.
         rows = max(1, min(chunk_rows, len(student_hidden)))
-        buffers = student_hidden.new_empty(4, rows, len(student_head), dtype=torch.float32)
+        buffers = student_hidden.new_empty(4, rows, len(student_head), dtype=precise)
         # Products below state their precision.
         with torch.autocast(student_hidden.device.type, enabled=False):
             for start in range(0, len(student_hidden), rows):
@@ -194,14 +195,14 @@ class _ChunkedDivergence(torch.autograd.Function):
     def backward(ctx, outer, _):
         hidden, head = ctx.gradients
         outer = outer / ctx.boost
-        hidden = None if hidden is None else (hidden.float() * outer).to(hidden.dtype)
+        hidden = None if hidden is None else (hidden.to(outer.dtype) * outer).to(hidden.dtype)
         head = None if head is None else (head * outer).to(ctx.head_dtype)
         return hidden, head, *[None] * 6
 
 
 def _product(a, b, out):
     """Matrix product in fp32, of 16-bit numbers on a GPU without rounding in between."""
-    if a.dtype == torch.float32:
+    if a.dtype == out.dtype:
         torch.mm(a, b, out=out)
     elif _has_mixed_product(a):
         torch.mm(a, b, out_dtype=torch.float32, out=out)
@@ -211,10 +212,10 @@ def _product(a, b, out):
 
 def _add_product(total, gradient, rows, factor):
     """Add to an fp32 (V, D) in place, as partial sums in 16 bits would lose digits that a single product keeps."""
-    if gradient.dtype != torch.float32 and _has_mixed_product(gradient):
+    if gradient.dtype != total.dtype and _has_mixed_product(gradient):
         torch.addmm(total, gradient.T, rows, alpha=factor, out_dtype=torch.float32, out=total)
     else:
-        total.addmm_(gradient.T.float(), rows.float(), alpha=factor)
+        total.addmm_(gradient.T.to(total.dtype), rows.to(total.dtype), alpha=factor)
 
 
 def _has_mixed_product(tensor):
