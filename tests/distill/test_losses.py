@@ -82,6 +82,17 @@ def test_words_added_for_fast_products_change_nothing(direction, monkeypatch):
         torch.testing.assert_close(padded, plain)
 
 
+@pytest.mark.parametrize("direction", ["forward", "reverse", "js"])
+def test_written_down_gradients_are_the_derivatives(direction):
+    torch.manual_seed(0)
+    hidden, head, target, target_head = (torch.randn(n, 4, dtype=torch.float64) for n in (5, 7, 5, 7))
+
+    def loss(hidden, head):
+        return chunked_divergence(hidden, head, target, target_head, direction, 1.5, chunk_rows=2, scale=0.3)[0]
+
+    assert torch.autograd.gradcheck(loss, (hidden.requires_grad_(), head.requires_grad_()))
+
+
 def test_a_tied_head_gets_the_gradient_of_both_its_uses():
     torch.manual_seed(0)
     words, target, target_head = torch.randn(13, 8, requires_grad=True), torch.randn(5, 8), torch.randn(13, 8)
@@ -166,7 +177,7 @@ class Largest(TorchDispatchMode):
 
 def test_logits_never_exist_for_more_rows_than_asked_for_or_than_the_bytes_hold(monkeypatch):
     hidden, head = torch.randn(50, 4, requires_grad=True), torch.randn(1000, 4, requires_grad=True)
-    monkeypatch.setattr(losses, "CHUNK_BYTES", 4 * 1000 * 20)
+    monkeypatch.setitem(losses.CHUNK_BYTES, "cpu", 4 * 1000 * 20)
     for asked, rows in ((7, 7), (None, 20)):
         with Largest(1000) as largest:
             chunked_divergence(hidden, head, torch.randn(50, 4), head, chunk_rows=asked)[0].backward()

@@ -44,5 +44,10 @@ class _LocalBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, outer):
         gradients, ctx.gradients = list(ctx.gradients), None
-        # In fp32, as an outer factor rounded to bf16 would bend every gradient; and one at a time.
-        return (None, *[(gradients.pop(0).float() * outer).to(dtype) for dtype in [g.dtype for g in gradients]])
+        # One at a time, so that they do not exist twice.
+        return None, *[_scale(gradients.pop(0), outer) for _ in range(len(gradients))]
+
+
+def _scale(gradient, factor):
+    # An fp32 factor rounded to bf16 would bend every gradient.
+    return (gradient.to(torch.promote_types(gradient.dtype, factor.dtype)) * factor).to(gradient.dtype)

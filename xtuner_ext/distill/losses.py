@@ -9,9 +9,9 @@ import math
 import torch
 import torch.nn.functional as F
 
-# One chunk of logits in fp32, of which four are alive at a time. A matrix product loses speed below a few hundred rows
-# of a vocabulary of 100,000.
-CHUNK_BYTES = 96 * 2**20
+# One chunk of logits in fp32, of which four are alive at a time. A processor's matrix product loses speed below a few
+# hundred rows of a vocabulary of 100,000.
+CHUNK_BYTES = {"cpu": 192 * 2**20, "cuda": 96 * 2**20}
 # Words that a device's fast products want a multiple of: others run at a third of the speed on an H200.
 WORDS = {"cuda": 8}
 # Logit of words that are not there; finite, so that nothing turns into 0 * infinity.
@@ -140,7 +140,7 @@ def chunked_divergence(
 
 def rows_per_chunk(head):
     """int: Rows whose fp32 logits by an output embedding (V, D) take ``CHUNK_BYTES``."""
-    return max(1, CHUNK_BYTES // (4 * len(head)))
+    return max(1, CHUNK_BYTES.get(head.device.type, CHUNK_BYTES["cuda"]) // (4 * len(head)))
 
 
 def check_backend(backend, direction, temperature):
@@ -164,10 +164,11 @@ class _ChunkedDivergence(torch.autograd.Function):
         ctx, student_hidden, student_head, teacher_hidden, teacher_head, words, direction, temperature, chunk_rows, scale
     ):
         gradients = HeadGradients(student_hidden, student_head, ctx.needs_input_grad, temperature, scale)
-        total, agreed = student_hidden.new_zeros((), dtype=torch.float32), torch.zeros((), device=student_hidden.device)
+        precise = torch.promote_types(student_hidden.dtype, torch.float32)
+        total, agreed = student_hidden.new_zeros(2, dtype=precise)
         # Allocated once: fresh pages for every chunk would cost more than the arithmetic.
         rows = max(1, min(chunk_rows, len(student_hidden)))
-        buffers = student_hidden.new_empty(4, rows, len(student_head), dtype=torch.float32)
+        buffers = student_hidden.new_empty(4, rows, len(student_head), dtype=precise)
         # Products below state their precision.
         with torch.autocast(student_hidden.device.type, enabled=False):
             for start in range(0, len(student_hidden), rows):
@@ -211,7 +212,8 @@ class HeadGradients:
 
     def __init__(self, hidden, head, wanted, temperature, scale):
         self.hidden = torch.empty_like(hidden) if wanted[0] else None
-        self.head = torch.zeros_like(head, dtype=torch.float32) if wanted[1] else None
+        precise = torch.promote_types(head.dtype, torch.float32)
+        self.head = torch.zeros_like(head, dtype=precise) if wanted[1] else None
         self.head_dtype = head.dtype
         # Powers of two round nothing. They keep gradients near 1, where fp16 has its digits, until the scale is known.
         self.lift = 256.0 if hidden.dtype == torch.float16 else 1.0
@@ -237,13 +239,13 @@ class HeadGradients:
     def hand_out(self, outer):
         """tuple[Tensor | None, Tensor | None]: Gradients of hidden states and head, times a scalar."""
         outer = outer / (self.boost * self.lift)
-        hidden = None if self.hidden is None else (self.hidden.float() * outer).to(self.hidden.dtype)
+        hidden = None if self.hidden is None else (self.hidden.to(outer.dtype) * outer).to(self.hidden.dtype)
         return hidden, None if self.head is None else (self.head * outer).to(self.head_dtype)
 
 
 def product(a, b, out):
     """Matrix product in fp32, of 16-bit numbers on a GPU without rounding in between."""
-    if a.dtype == torch.float32:
+    if a.dtype == out.dtype:
         torch.mm(a, b, out=out)
     elif _has_mixed_product(a):
         torch.mm(a, b, out_dtype=torch.float32, out=out)
@@ -253,10 +255,10 @@ def product(a, b, out):
 
 def _add_product(total, gradient, rows, factor):
     """Add to an fp32 (V, D) in place, as partial sums in 16 bits would lose digits that a single product keeps."""
-    if gradient.dtype != torch.float32 and _has_mixed_product(gradient):
+    if gradient.dtype != total.dtype and _has_mixed_product(gradient):
         torch.addmm(total, gradient.T, rows, alpha=factor, out_dtype=torch.float32, out=total)
     else:
-        total.addmm_(gradient.T.float(), rows.float(), alpha=factor)
+        total.addmm_(gradient.T.to(total.dtype), rows.to(total.dtype), alpha=factor)
 
 
 def _has_mixed_product(tensor):
