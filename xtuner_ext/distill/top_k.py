@@ -39,7 +39,7 @@ def top_k_targets(hidden, head, k, temperature=1.0):
 
 
 def top_k_divergence(
-    student_hidden, student_head, values, ids, rest, direction="forward", temperature=1.0, chunk_rows=None
+    student_hidden, student_head, values, ids, rest, direction="forward", temperature=1.0, chunk_rows=None, scale=1.0
 ):
     """Sum of the divergences over rows, in chunks of rows as :func:`~xtuner_ext.distill.losses.chunked_divergence`.
 
@@ -53,6 +53,7 @@ def top_k_divergence(
         direction (str): ``forward``, ``reverse`` or ``js``.
         temperature (float): See :func:`~xtuner_ext.distill.losses.logit_divergence`.
         chunk_rows (int, optional): Rows per chunk; 512 when absent.
+        scale (float): Multiplies the sum, and gradients before they are rounded to the student's precision.
 
     Returns:
         tuple[Tensor, Tensor]: The sum, and the number of rows where both models prefer the same token.
@@ -65,13 +66,13 @@ def top_k_divergence(
     if torch.is_autocast_enabled(student_hidden.device.type):
         dtype = torch.get_autocast_dtype(student_hidden.device.type)
         student_hidden, student_head = student_hidden.to(dtype), student_head.to(dtype)
-    chunk_rows = chunk_rows or CHUNK_ROWS
-    return _TopKDivergence.apply(student_hidden, student_head, values, ids, rest, direction, temperature, chunk_rows)
+    options = (direction, temperature, chunk_rows or CHUNK_ROWS, scale)
+    return _TopKDivergence.apply(student_hidden, student_head, values, ids, rest, *options)
 
 
 class _TopKDivergence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student_hidden, student_head, values, ids, rest, direction, temperature, chunk_rows):
+    def forward(ctx, student_hidden, student_head, values, ids, rest, direction, temperature, chunk_rows, scale):
         wants_hidden, wants_head = ctx.needs_input_grad[:2]
         total, agreed, hidden_gradients = student_hidden.new_zeros((), dtype=torch.float32), 0, []
         head_gradient = torch.zeros_like(student_head, dtype=torch.float32) if wants_head else None
@@ -87,10 +88,10 @@ class _TopKDivergence(torch.autograd.Function):
                 merged = logits.logsumexp(-1, keepdim=True)
                 student, teacher = torch.cat([student, merged], -1), torch.cat([teacher, others[:, None].float()], -1)
             value, gradient = DIRECTIONS[direction](F.log_softmax(student, -1), F.log_softmax(teacher, -1))
-            total = total + value.sum() * temperature**2
+            total = total + value.sum() * temperature**2 * scale
             # 2. The gradient by that logit falls on the other tokens in proportion to their probability. The square
             #    of the temperature stands over the one that divided the logits.
-            gradient = gradient.mul_(temperature)
+            gradient = gradient.mul_(temperature * scale)
             if not everything:
                 logits.sub_(merged).exp_().mul_(gradient[:, -1:])
             full = logits.scatter_(-1, top_ids, gradient[:, : top_ids.shape[-1]]).to(rows.dtype)
@@ -109,4 +110,4 @@ class _TopKDivergence(torch.autograd.Function):
         hidden, head = ctx.gradients
         hidden = None if hidden is None else hidden * outer.to(hidden.dtype)
         head = None if head is None else (head * outer).to(ctx.head_dtype)
-        return hidden, head, None, None, None, None, None, None
+        return hidden, head, None, None, None, None, None, None, None
