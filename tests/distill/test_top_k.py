@@ -97,6 +97,15 @@ def test_a_teacher_that_is_sure_gives_no_nan(direction):
     assert same.abs() < 1e-6
 
 
+def test_a_scale_multiplies_sum_and_gradients(tensors):
+    hidden, head, target, target_head = tensors
+    targets = top_k_targets(target, target_head, 7)
+    one, tenth = (top_k_divergence(hidden, head, *targets, scale=scale)[0] for scale in (1.0, 0.1))
+    torch.testing.assert_close(10 * tenth, one)
+    for small, large in zip(*(torch.autograd.grad(total, (hidden, head)) for total in (tenth, one))):
+        torch.testing.assert_close(10 * small, large)
+
+
 def test_no_supervised_rows_give_zero_and_zero_gradients():
     hidden, head = torch.zeros(0, 8, requires_grad=True), torch.randn(V, 8, requires_grad=True)
     targets = top_k_targets(torch.zeros(0, 8), torch.randn(V, 8), 3)
