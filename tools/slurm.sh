@@ -17,13 +17,13 @@ fi
 partition="$1" job="$2" config="$3"
 shift 3
 gpus="${GPUS:-8}"
-per_node="${GPUS_PER_NODE:-$((gpus < 8 ? gpus : 8))}"
-for count in "$gpus" "$per_node" "${CPUS_PER_TASK:-5}"; do
+for count in "$gpus" "${GPUS_PER_NODE:-8}" "${CPUS_PER_TASK:-5}"; do
     if ! [[ "$count" =~ ^[1-9][0-9]*$ ]]; then
         echo "slurm.sh: error: $count was given for GPUS, GPUS_PER_NODE or CPUS_PER_TASK, a number is expected" >&2
         exit 2
     fi
 done
+per_node="${GPUS_PER_NODE:-$((gpus < 8 ? gpus : 8))}"
 if ((gpus % per_node)); then
     echo "slurm.sh: error: GPUS is $gpus, a multiple of GPUS_PER_NODE, $per_node, is expected" >&2
     exit 2

@@ -28,6 +28,7 @@ OWN_VERBS = {
     "compare": ("compare", "measure how much of a teacher its students keep"),
     "data": ("data", "make and check data sets"),
     "inspect": ("inspect", "say what a model folder holds and what its students would be"),
+    "estimate": ("estimate", "count the memory, steps and tokens that a config needs"),
     "pipeline": ("pipeline", "run every stage of a project, from data to scores"),
     "select-layers": ("select_layers", "measure which layers should keep attention"),
     "convert pth_to_hf": ("convert", "turn a checkpoint into a Hugging Face folder"),

@@ -230,10 +230,9 @@ class DistillModel(HybridModel):
                     parameter.requires_grad_(name.startswith(tuple(wanted)))
 
     def _alignment_loss(self, input_ids, pixel_values, inputs):
-        decoder, normalise = self.llm.model, self.alignment["normalise"]
+        decoder = self.llm.model
         # Attention's masks too, also after a measurement of the student.
         self.llm.config.layer_types = ["full_attention"] * len(decoder.layers)
-        after_projection = self.alignment["after_projection"]
         with torch.no_grad():
             embeds = self.llm.embed(input_ids, pixel_values)
         context = decoder.layer_context(embeds, **inputs)
@@ -246,34 +245,50 @@ class DistillModel(HybridModel):
         errors, measures, hidden = [], {}, embeds
         split = {kind: [] for kind in kinds}
         for index, layer in enumerate(decoder.layers):
-            pair, layer_inputs = layer.mixer, layer.mixer_context(context)
-            with torch.no_grad():
-                normed = layer.input_layernorm(hidden)
-                heads = pair.attention.head_outputs(normed, **layer_inputs)
-                mixed = pair.attention.o_proj(heads.flatten(2))
-            target = mixed[:, :, None] if after_projection else heads
-
-            def align(pair=pair, normed=normed, target=target, layer_inputs=layer_inputs):
-                if after_projection:
-                    prediction = pair.mamba(normed, **layer_inputs)[:, :, None]
-                else:
-                    prediction = pair.mamba.head_outputs(normed, **layer_inputs)
-                error = alignment_error(prediction, target, mask, normalise)
-                prediction = prediction.detach()
-                return error, {k: alignment_error(prediction, target, part, normalise) for k, part in kinds.items()}
-
-            trained = [parameter for parameter in pair.mamba.parameters() if parameter.requires_grad]
-            error, by_kind = local_backward(align, trained)
+            hidden, error, by_kind = self.align_layer(layer, hidden, context, mask, kinds)
             errors.append(error)
             measures[f"align/layer_{index:02d}"] = error.detach()
             for kind, value in by_kind.items():
                 split[kind].append(value)
-            with torch.no_grad():
-                hidden = hidden + mixed
-                hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
         for kind, values in split.items():
             measures[f"align/{kind}"] = torch.stack(values).mean()
         return {"loss": self.alignment["scale"] * torch.stack(errors).mean(), **measures}
+
+    def align_layer(self, layer, hidden, context, mask, kinds):
+        """Run the teacher's layer and measure, and back-propagate, how far the new mixer is from its attention.
+
+        Args:
+            layer (HybridDecoderLayer): With a ``PairedMixer``.
+            hidden (Tensor): The teacher's input of the layer, (B, L, D).
+            context (dict): Of :meth:`HybridDecoder.layer_context`.
+            mask (Tensor | None): Boolean (B, L), tokens that count; all when None.
+            kinds (dict[str, Tensor]): Boolean (B, L), tokens to measure apart.
+
+        Returns:
+            tuple[Tensor, Tensor, dict]: The teacher's output (B, L, D), the error, and the error of each kind.
+        """
+        after_projection, normalise = self.alignment["after_projection"], self.alignment["normalise"]
+        pair, layer_inputs = layer.mixer, layer.mixer_context(context)
+        with torch.no_grad():
+            normed = layer.input_layernorm(hidden)
+            heads = pair.attention.head_outputs(normed, **layer_inputs)
+            mixed = pair.attention.o_proj(heads.flatten(2))
+        target = mixed[:, :, None] if after_projection else heads
+
+        def align():
+            if after_projection:
+                prediction = pair.mamba(normed, **layer_inputs)[:, :, None]
+            else:
+                prediction = pair.mamba.head_outputs(normed, **layer_inputs)
+            error = alignment_error(prediction, target, mask, normalise)
+            prediction = prediction.detach()
+            return error, {k: alignment_error(prediction, target, part, normalise) for k, part in kinds.items()}
+
+        error, by_kind = local_backward(align, [p for p in pair.mamba.parameters() if p.requires_grad])
+        with torch.no_grad():
+            hidden = hidden + mixed
+            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        return hidden, error, by_kind
 
     def _divergence_loss(self, input_ids, labels, pixel_values, inputs):
         options = self.divergence
