@@ -149,3 +149,41 @@ def test_process_group_and_ddp_work_without_cuda(monkeypatch, tmp_path):
         MMDistributedDataParallel(torch.nn.Linear(2, 2), device_ids=[0])
     finally:
         torch.distributed.destroy_process_group()
+
+
+class TestOptimizerUnderDeepSpeed:
+    """The stock tool's part is played by a function that does to a config what it does."""
+
+    def build(self, wrapper, model):
+        from mmengine.config import Config
+
+        built = []
+        tool = SimpleNamespace(check_cfg=lambda cfg, args: None, RUNNERS=SimpleNamespace(build=built.append))
+        compat.keep_optimizer_under_deepspeed(tool)
+        cfg = Config(dict(model=model, optim_wrapper=wrapper))
+        tool.check_cfg(cfg, None)
+        if "optimizer" in wrapper:
+            cfg.strategy = dict(config=dict(bf16=dict(enabled=True)))
+            cfg.optim_wrapper = dict(type="DeepSpeedOptimWrapper", optimizer=cfg.optim_wrapper.optimizer)
+        tool.RUNNERS.build(cfg)
+        return built[0]
+
+    def test_groups_and_precision_are_the_configs_own(self):
+        from xtuner_ext.distill import DistillModel
+
+        wrapper = dict(constructor="TrainableParameters", paramwise_cfg=dict(rest_lr_mult=0.1), optimizer=dict(type="AdamW"))
+        cfg = self.build({"type": "AmpOptimWrapper", "dtype": "bfloat16", **wrapper}, dict(type=DistillModel))
+        assert cfg.optim_wrapper.constructor == "TrainableParameters"
+        assert cfg.optim_wrapper.paramwise_cfg == {"rest_lr_mult": 0.1} and "dtype" not in cfg.optim_wrapper
+        settings = cfg.strategy.config
+        assert not settings.bf16.enabled and settings.torch_autocast.dtype == "bfloat16"
+        cfg = self.build({"type": "OptimWrapper", **wrapper}, dict(type=DistillModel))
+        assert not cfg.strategy.config.bf16.enabled and "torch_autocast" not in cfg.strategy.config
+
+    @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+    def test_other_models_and_half_precision_are_deepspeeds_matter(self, dtype):
+        from xtuner_ext.distill import DistillModel
+
+        model = dict(type=DistillModel if dtype == "float16" else "SupervisedFinetune")
+        cfg = self.build(dict(type="AmpOptimWrapper", dtype=dtype, optimizer=dict(type="AdamW")), model)
+        assert cfg.strategy.config == {"bf16": {"enabled": True}}

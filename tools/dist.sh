@@ -5,7 +5,8 @@
 #   GPUS    processes on this machine; on a machine without GPUs, CPU processes
 #
 # DEEPSPEED (a name such as deepspeed_zero2, or a json file) trains with DeepSpeed. Several
-# machines: run it on each with the same NNODES, MASTER_ADDR and PORT and its own NODE_RANK.
+# machines: run it on each with the same NNODES, MASTER_ADDR (the address of the first one) and
+# PORT (a free one there), its own NODE_RANK (0, 1, ...) and a work_dir that all of them see.
 set -euo pipefail
 
 if (($# < 3)); then
@@ -39,6 +40,23 @@ if [[ "$file" != test && -n "${DEEPSPEED:-}" ]]; then
     set -- --deepspeed "$DEEPSPEED" "$@"
 fi
 nnodes="${NNODES:-1}"
+if ! [[ "$nnodes" =~ ^[1-9][0-9]*$ ]]; then
+    echo "dist.sh: error: NNODES is $nnodes, a number of machines is expected" >&2
+    exit 2
+fi
+if ((nnodes > 1)); then
+    for name in NODE_RANK MASTER_ADDR PORT; do
+        if [[ -z "${!name:-}" ]]; then
+            echo "dist.sh: error: NNODES is $nnodes and $name is not set:" \
+                "every machine needs the same MASTER_ADDR and PORT and its own NODE_RANK" >&2
+            exit 2
+        fi
+    done
+    if ! [[ "$NODE_RANK" =~ ^[0-9]+$ ]] || ((NODE_RANK >= nnodes)); then
+        echo "dist.sh: error: NODE_RANK is $NODE_RANK, 0 to $((nnodes - 1)) is expected" >&2
+        exit 2
+    fi
+fi
 if [[ "$file" == pipeline ]]; then
     exec "$python" "$tools/pipeline.py" "$config" --nproc "$gpus" "$@"
 fi

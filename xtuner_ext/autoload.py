@@ -26,6 +26,7 @@ POST_IMPORT = {
     "xtuner.dataset.utils": ("encode_without_bos",),
     "xtuner.entry_point": ("replace_cli",),
     "xtuner.model.modules.projector.modeling_projector": ("give_projector_tied_keys",),
+    "xtuner.tools.train": ("keep_optimizer_under_deepspeed",),
     "xtuner.tools.utils": ("allow_checkpoint_types",),
 }
 

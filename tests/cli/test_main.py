@@ -149,8 +149,14 @@ def test_several_processes_go_through_torchrun(monkeypatch):
     assert main._torchrun_arguments([]) is None
     monkeypatch.delenv("LOCAL_RANK")
     monkeypatch.setenv("NNODES", "2")
-    with pytest.raises(UserError, match="PORT"):
+    for name, value in (("NODE_RANK", "2"), ("MASTER_ADDR", "first"), ("PORT", "29500")):
+        with pytest.raises(UserError, match=f"{name} is not set"):
+            main._torchrun_arguments([])
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="NODE_RANK is 2, 0 to 1 is expected"):
         main._torchrun_arguments([])
+    monkeypatch.setenv("NODE_RANK", "1")
+    assert {"--nnodes=2", "--node_rank=1", "--master_addr=first"} <= set(main._torchrun_arguments([]))
 
 
 def test_status_of_a_child_is_passed_on():

@@ -66,3 +66,25 @@ def test_layers_that_the_config_lists_are_not_chosen(project, tmp_path, capsys):
     assert run(project, tmp_path / "all") == 0
     assert "choosing layers" not in capsys.readouterr().err
     assert kept(tmp_path / "all" / "export_hybrid" / "config.json") == [2]
+
+
+def test_of_several_machines_the_first_does_all_but_the_training(project, tmp_path, monkeypatch, capsys):
+    write_hybrid(project, "elsewhere/layers.json")
+    base, environments = tmp_path / "all", []
+    monkeypatch.setenv("PORT", "29500")
+    monkeypatch.setattr(pipeline.subprocess, "call", lambda command, env: environments.append(env) or 7)
+    monkeypatch.setattr(pipeline, "SHARED_TIMEOUT", 0.1)
+    monkeypatch.setenv("NODE_RANK", "1")
+    assert run(project, base) == 2
+    assert "pipeline.json of the first machine did not appear within 0.1 s" in capsys.readouterr().err
+    monkeypatch.setenv("NODE_RANK", "0")
+    assert run(project, base) == 7
+    monkeypatch.setattr(pipeline.subprocess, "call", lambda command, env: environments.append(env) or main.run(command[3:]))
+    # Each process of a real run has a machine of its own; this one trains alone.
+    assert run(project, base) == 0
+    assert [env["PORT"] for env in environments] == ["29500", "29500", "29501", "29502"]
+    (base / "metrics.json").unlink()
+    monkeypatch.setenv("NODE_RANK", "1")
+    capsys.readouterr()
+    assert run(project, base) == 0
+    assert capsys.readouterr().err.count("done before") == 3 and not (base / "metrics.json").exists()

@@ -28,6 +28,7 @@ OWN_VERBS = {
     "compare": ("compare", "measure how much of a teacher its students keep"),
     "data": ("data", "make and check data sets"),
     "inspect": ("inspect", "say what a model folder holds and what its students would be"),
+    "estimate": ("estimate", "count the memory, steps and tokens that a config needs"),
     "pipeline": ("pipeline", "run every stage of a project, from data to scores"),
     "select-layers": ("select_layers", "measure which layers should keep attention"),
     "cache-teacher": ("cache_teacher", "keep a teacher's likeliest next tokens for stage 3"),
@@ -60,6 +61,13 @@ STOCK_VERBS = {
 # Stock verbs whose first argument is a config, which we find in more places than they do
 # (`copy-cfg` takes the name as it is).
 CONFIG_FIRST = {"test", "log-dataset", "check-custom-dataset", "convert pth_to_hf", "copy-cfg"}
+
+# What processes on several machines cannot do without.
+NODE_VARIABLES = {
+    "NODE_RANK": "each machine needs its own, from 0 to NNODES - 1",
+    "MASTER_ADDR": "all machines need the address of the one with NODE_RANK=0",
+    "PORT": "all machines need the same free port of the one with NODE_RANK=0",
+}
 
 HELP_WORDS = {"help", "-h", "--help"}
 VERSION_WORDS = {"version", "-v", "--version"}
@@ -199,8 +207,7 @@ def run_stock(verb, arguments):
 
 def _torchrun_arguments(arguments):
     """Returns the command that starts several processes, or None where one is wanted or already started."""
-    nodes = int(os.environ.get("NNODES", 1))
-    processes = int(os.environ.get("NPROC_PER_NODE", 1))
+    nodes, processes = _count("NNODES"), _count("NPROC_PER_NODE")
     pairs = list(zip(arguments, arguments[1:], strict=False))
     slurm = ("--launcher", "slurm") in pairs or "--launcher=slurm" in arguments
     # DeepSpeed wants a process group even for one process; where it is missing, `train` says so.
@@ -208,20 +215,29 @@ def _torchrun_arguments(arguments):
     alone = nodes == 1 and processes == 1 and not deepspeed
     if slurm or "LOCAL_RANK" in os.environ or alone:
         return None
-    port = os.environ.get("PORT")
-    if port is None:
-        if nodes > 1:
-            raise UserError("NNODES is more than 1 and PORT is not set, all nodes need the same one")
-        port = random.randint(20000, 29999)
+    address, port = os.environ.get("MASTER_ADDR") or os.environ.get("ADDR"), os.environ.get("PORT")
+    if nodes > 1:
+        for name, value in (("NODE_RANK", os.environ.get("NODE_RANK")), ("MASTER_ADDR", address), ("PORT", port)):
+            if not value:
+                raise UserError(f"NNODES is {nodes} and {name} is not set: {NODE_VARIABLES[name]}")
+        if _count("NODE_RANK", least=0) >= nodes:
+            raise UserError(f"NODE_RANK is {os.environ['NODE_RANK']}, 0 to {nodes - 1} is expected")
     return [
         sys.executable,
         *("-m", "torch.distributed.run"),
         f"--nnodes={nodes}",
         f"--node_rank={os.environ.get('NODE_RANK', 0)}",
         f"--nproc_per_node={processes}",
-        f"--master_addr={os.environ.get('MASTER_ADDR') or os.environ.get('ADDR', '127.0.0.1')}",
-        f"--master_port={port}",
+        f"--master_addr={address or '127.0.0.1'}",
+        f"--master_port={port or random.randint(20000, 29999)}",
     ]
+
+
+def _count(variable, least=1):
+    value = os.environ.get(variable) or str(least)
+    if not value.isdecimal() or int(value) < least:
+        raise UserError(f"{variable} is {value}, a number from {least} up is expected")
+    return int(value)
 
 
 def _call(command):
@@ -259,6 +275,6 @@ def _help():
             *_lines(verb for verb in STOCK_VERBS if verb not in OWN_VERBS),
             "",
             "`xtuner-ext VERB --help` prints the arguments of a verb, `--version` the versions.",
-            "NPROC_PER_NODE, NNODES, NODE_RANK, ADDR and PORT start `train` and `test` on several processes.",
+            "NPROC_PER_NODE, NNODES, NODE_RANK, MASTER_ADDR (or ADDR) and PORT start `train` and `test` on several processes.",
         ]
     )

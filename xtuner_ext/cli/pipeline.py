@@ -1,7 +1,8 @@
 """xtuner-ext pipeline FOLDER: every stage of a project, from data to scores, taken up where it stopped.
 
 A project folder holds ``stage1.py``, ``stage2.py`` and one ``stage3_NAME.py`` per student. Each step leaves
-a folder of its own under ``work_dirs`` and is skipped when that is complete.
+a folder of its own under ``work_dirs`` and is skipped when that is complete. Of several machines, each runs the same
+command with NNODES, NODE_RANK, MASTER_ADDR and PORT set; all of them train, the first one does the rest.
 """
 
 import argparse
@@ -9,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from ..data.annotation import read_meta
@@ -17,6 +19,8 @@ from . import configs_dir
 from .config_options import load_config
 
 CACHE_LENGTHS = ("1024", "65536")
+SHARED_TIMEOUT = 600  # seconds until a file of the first machine must be seen by the others
+SELECTION_TIMEOUT = 3600  # seconds that the others wait for the first machine to choose layers
 
 
 def parse_args(argv):
@@ -50,29 +54,35 @@ def main(argv):
         raise UserError(f"--nproc is {args.nproc}, expected at least 1")
     stages = find_stages(args.project)
     configs = {stage: load_config(str(path), args.cfg_options) for stage, path in stages.items()}
-    if int(os.environ.get("NNODES", 1)) > 1:
-        raise UserError("the pipeline runs on one machine: train the stages one by one with NNODES set")
     if configs["stage1"].get("prepare_data") is None:
         # Days of training should not end at a missing file.
         read_meta(configs["stage1"].eval_data)
     base = Path(args.work_dir or Path(configs["stage1"].work_dir).parent)
+    first_machine = int(os.environ.get("NODE_RANK") or 0) == 0
+    if not first_machine:
+        wait_until((base / "pipeline.json").is_file, SHARED_TIMEOUT, f"{base}/pipeline.json of the first machine")
     remember_options(base / "pipeline.json", args)
-    for stage, path in stages.items():
+    for number, (stage, path) in enumerate(stages.items()):
         options = list(args.cfg_options)
         layers = configs[stage].model.get("attention_layers")
         if configs[stage].get("layer_selection") and isinstance(layers, str):
             selection = base / Path(layers).name
             options.append(f"model.attention_layers={selection}")
             configs[stage].model.attention_layers = str(selection)
-            choose_layers(path, args.cfg_options, base / "stage2", selection)
+            if first_machine:
+                choose_layers(path, args.cfg_options, base / "stage2", selection)
+            else:
+                wait_until(lambda: is_chosen(selection, base / "stage2"), SELECTION_TIMEOUT, selection)
         if finished(base / stage, configs[stage].train_cfg.max_iters):
             say(f"{stage}: done before")
             continue
         say(f"{stage}: {path}")
-        status = train(path, base / stage, args, options)
+        status = train(path, base / stage, args, options, number)
         if status:
             say(f"{stage} ended with status {status}")
             return status
+    if not first_machine:
+        return 0
     students = {stage.removeprefix("stage3_"): stage for stage in stages if stage.startswith("stage3_")}
     for name, stage in students.items():
         convert(configs[stage], base / stage, base / f"export_{name}")
@@ -158,15 +168,40 @@ def choose_layers(path, options, work_dir, out):
     from ..distill.stages import find_previous_checkpoint
     from .select_layers import select_for_config
 
-    config = load_config(str(path), options)
-    checkpoint = find_previous_checkpoint(out, work_dir.name)
-    if out.is_file() and out.stat().st_mtime >= os.stat(checkpoint).st_mtime:
+    if is_chosen(out, work_dir):
         return
+    config = load_config(str(path), options)
     say(f"choosing layers -> {out}")
-    select_for_config(config, checkpoint, out=str(out), **config.layer_selection)
+    select_for_config(config, find_previous_checkpoint(out, work_dir.name), out=str(out), **config.layer_selection)
 
 
-def train(config, work_dir, args, options):
+def is_chosen(out, work_dir):
+    """bool: Whether the file of chosen layers is newer than the checkpoint of stage 2 in ``work_dir``."""
+    from ..distill.stages import find_previous_checkpoint
+
+    checkpoint = find_previous_checkpoint(out, work_dir.name)
+    return out.is_file() and out.stat().st_mtime >= os.stat(checkpoint).st_mtime
+
+
+def wait_until(there, timeout, what):
+    """Wait for a file that the first machine writes.
+
+    Args:
+        there (callable): Whether it is there.
+        timeout (float): Seconds.
+        what (object): Its name, for the message.
+
+    Raises:
+        UserError: When it does not come.
+    """
+    deadline = time.monotonic() + timeout
+    while not there():
+        if time.monotonic() > deadline:
+            raise UserError(f"{what} did not appear within {timeout} s: all machines must see the same --work-dir")
+        time.sleep(0.2)
+
+
+def train(config, work_dir, args, options, number):
     """Run one stage in processes of its own.
 
     Args:
@@ -174,6 +209,7 @@ def train(config, work_dir, args, options):
         work_dir (Path): Its folder.
         args (argparse.Namespace): ``nproc`` and ``deepspeed``.
         options (list[str]): ``KEY=VALUE`` changes of the config.
+        number (int): Which of the stages it is, from 0.
 
     Returns:
         int: Exit status.
@@ -184,6 +220,9 @@ def train(config, work_dir, args, options):
     if options:
         command += ["--cfg-options", *options]
     environment = {**os.environ, "NPROC_PER_NODE": str(args.nproc)}
+    if "PORT" in environment:
+        # One machine may begin a stage while another still closes the connections of the last.
+        environment["PORT"] = str(int(environment["PORT"]) + number)
     if args.nproc > 1:
         environment.setdefault("OMP_NUM_THREADS", "1")
     return subprocess.call([sys.executable, *command], env=environment)

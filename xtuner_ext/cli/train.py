@@ -1,11 +1,13 @@
 """xtuner-ext train CONFIG [--work-dir DIR] [--resume [CHECKPOINT]] [--cfg-options KEY=VALUE ...]"""
 
 import argparse
+import contextlib
+import fcntl
 import importlib.util
 import json
+import logging
 import os
 import sys
-import time
 from pathlib import Path
 
 from xtuner_ext import autoload
@@ -14,7 +16,7 @@ from xtuner_ext.cli.config_options import find_config, load_config
 from xtuner_ext.cli.versions import check_versions
 from xtuner_ext.errors import UserError
 
-PREPARE_TIMEOUT = 3600  # seconds that the other processes wait for the first to prepare the data
+logger = logging.getLogger(__name__)
 
 
 def parse_args(argv):
@@ -57,13 +59,7 @@ def main(argv):
     config = load_config(config_path, args.cfg_options)
     work_dir = args.work_dir or config.get("work_dir") or os.path.join("./work_dirs", Path(config_path).stem)
     if args.deepspeed:
-        _check_deepspeed(args.deepspeed)
-        groups = config.get("optim_wrapper", {}).get("paramwise_cfg") or {}
-        if groups.get("rest_lr_mult", 1.0) != 1.0 or "no_decay" in groups:
-            raise UserError(
-                "--deepspeed would drop optim_wrapper.paramwise_cfg, as XTuner rebuilds the optimizer; "
-                "train without it, or set --cfg-options optim_wrapper.paramwise_cfg=None"
-            )
+        _check_deepspeed(args.deepspeed, config)
     # XTuner sets the folder itself and does not know our key.
     config.work_dir = work_dir
     previous = previous_checkpoint(config)
@@ -119,12 +115,12 @@ def find_checkpoint(resume, work_dir):
 
 
 def prepare_data(config):
-    """Calls the config's `prepare_data`, in the first process of each machine.
+    """Calls the config's `prepare_data`, in one process at a time.
 
     Args:
         config (mmengine.config.Config): May hold `prepare_data = dict(type=function, **kwargs)`, or a list of
             such steps. Each function must be repeatable: it returns at once when its result is there. If there are
-            several processes it needs an argument `out`, a file or folder that appears when all is done.
+            several processes it needs an argument `out`, the file or folder that it makes.
     """
     steps = config.get("prepare_data") or []
     for step in steps if isinstance(steps, list) else [steps]:
@@ -141,10 +137,25 @@ def _prepare(step):
         name, function = function, get_object_from_string(function)
         if function is None:
             raise UserError(f"prepare_data.type: {name} was found, the dotted name of a function is expected")
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+    if "out" in arguments:
+        # The first to come makes it, of one machine or of several with a common folder; the others find it made.
+        with _alone(Path(arguments["out"])):
+            function(**arguments)
+    elif int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0) == 0:
         function(**arguments)
-    elif "out" in arguments:
-        _wait_for(Path(arguments["out"]), PREPARE_TIMEOUT)
+
+
+@contextlib.contextmanager
+def _alone(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(f".{path.name}.lock"), "w") as file:
+        try:
+            # Released by the system also when this process is killed.
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            # Then several may do the work; the first result to be complete is kept.
+            logger.warning("%s lies where files cannot be locked (%s)", path, error)
+        yield
 
 
 def run_stock_train(arguments):
@@ -170,7 +181,7 @@ def run_stock_train(arguments):
         torch.distributed.destroy_process_group()
 
 
-def _check_deepspeed(name):
+def _check_deepspeed(name, config):
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError(
             f"--deepspeed {name} needs the package deepspeed, which is not installed; "
@@ -186,19 +197,11 @@ def _check_deepspeed(name):
         zero = json.loads(path.read_text(encoding="utf-8")).get("zero_optimization", {}).get("stage", 0)
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise UserError(f"--deepspeed {path} is not a DeepSpeed configuration in JSON: {error}") from error
-    if zero == 3:
+    if zero == 3 and config.model.get("stage") in (1, 2):
         raise UserError(
-            f"--deepspeed {name} is ZeRO-3, which keeps a part of every weight on each process; teacher and student "
-            f"share whole weights here: take deepspeed_zero2"
+            f"--deepspeed {name} is ZeRO-3, which takes a layer's weights away as soon as it has run, while stage "
+            f"{config.model.stage} back-propagates each layer's loss at once: take deepspeed_zero2 before stage 3"
         )
-
-
-def _wait_for(path, timeout):
-    deadline = time.monotonic() + timeout
-    while not path.exists():
-        if time.monotonic() > deadline:
-            raise UserError(f"{path} did not appear within {timeout} s, the first process was to prepare it")
-        time.sleep(0.2)
 
 
 if __name__ == "__main__":

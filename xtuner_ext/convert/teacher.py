@@ -109,8 +109,8 @@ def load_teacher(pretrained_model_name_or_path, dtype=None, attn_implementation=
         if family is not None:
             state = family.to_model(config, state)
         load_exactly(model, state, folder)
-        if dtype is not None:
-            model = model.to(dtype)
+    if dtype is not None:
+        model = model.to(dtype)
     return model.eval()
 
 

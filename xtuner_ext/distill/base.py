@@ -31,16 +31,19 @@ class HybridModel(BaseModel):
         Args:
             data (dict): ``input_ids``, ``labels``, ``attention_mask`` (B, L), ``pixel_values`` (T, 3, S, S).
             data_samples (list, optional): Names of the samples.
-            mode (str): ``loss``, ``predict`` or ``tensor``.
+            mode (str | callable): ``loss``, ``predict`` or ``tensor``, or a function of the model and the batch:
+                wrappers that spread the weights over processes gather them for a forward pass only.
 
         Returns:
-            dict | list[dict] | Tensor: Losses, logits per sample, or the logits (B, L, V).
+            object: Losses, logits per sample, the logits (B, L, V), or what the function returns.
 
         Raises:
             ValueError: For another mode.
         """
         if mode == "loss":
             return self.compute_loss(**data, keys=data_samples)
+        if callable(mode):
+            return mode(self, **data)
         inputs = {key: value for key, value in data.items() if key != "labels"}
         logits = self.llm(**inputs, use_cache=False).logits
         if mode == "predict":

@@ -274,11 +274,9 @@ class DistillModel(HybridModel):
         device = input_ids.device.type
         if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
             raise UserError("optim_wrapper.dtype is float16, expected bfloat16: stage 1 and 2 gradients precede loss scaling")
-        decoder, normalise = self.llm.model, self.alignment["normalise"]
-        weight = self.alignment["scale"] / len(decoder.layers)
+        decoder = self.llm.model
         # Attention's masks too, also after a measurement of the student.
         self.llm.config.layer_types = ["full_attention"] * len(decoder.layers)
-        after_projection = self.alignment["after_projection"]
         with torch.no_grad():
             embeds = self.llm.embed(input_ids, pixel_values)
         context = decoder.layer_context(embeds, **inputs)
@@ -288,40 +286,60 @@ class DistillModel(HybridModel):
         if self.llm.config.vision is not None:
             image = (input_ids == self.llm.config.image_token_id) & real
             kinds = {"image": image, "text": real & ~image}
-        errors, measures, hidden = [], {}, embeds
+        losses, measures, hidden = [], {}, embeds
         split = {kind: [] for kind in kinds}
         for index, layer in enumerate(decoder.layers):
-            pair, layer_inputs = layer.mixer, layer.mixer_context(context)
-            with torch.no_grad():
-                normed = layer.input_layernorm(hidden)
-                heads = pair.attention.head_outputs(normed, **layer_inputs)
-                mixed = pair.attention.o_proj(heads.flatten(2))
-            target = mixed[:, :, None] if after_projection else heads
-
-            def align(pair=pair, normed=normed, target=target, layer_inputs=layer_inputs):
-                if after_projection:
-                    prediction = pair.mamba(normed, **layer_inputs)[:, :, None]
-                else:
-                    prediction = pair.mamba.head_outputs(normed, **layer_inputs)
-                error, energy = token_errors(prediction, target)
-                loss = masked_error(error, energy, mask, normalise)
-                error = error.detach()
-                by_kind = {kind: masked_error(error, energy, part, normalise) for kind, part in kinds.items()}
-                return weight * loss, (loss.detach(), by_kind)
-
-            trained = [parameter for parameter in pair.mamba.parameters() if parameter.requires_grad]
-            error, (measures[f"align/layer_{index:02d}"], by_kind) = local_backward(align, trained)
-            errors.append(error)
+            hidden, loss, measures[f"align/layer_{index:02d}"], by_kind = self.align_layer(
+                layer, hidden, context, mask, kinds
+            )
+            losses.append(loss)
             for kind, value in by_kind.items():
                 split[kind].append(value)
-            # No layer reads what the last one gives.
-            if index + 1 < len(decoder.layers):
-                with torch.no_grad():
-                    hidden = hidden + mixed
-                    hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
         for kind, values in split.items():
             measures[f"align/{kind}"] = torch.stack(values).mean()
-        return {"loss": torch.stack(errors).sum(), **measures}
+        return {"loss": torch.stack(losses).sum(), **measures}
+
+    def align_layer(self, layer, hidden, context, mask, kinds):
+        """Run the teacher's layer and measure, and back-propagate, how far the new mixer is from its attention.
+
+        Args:
+            layer (HybridDecoderLayer): With a ``PairedMixer``.
+            hidden (Tensor): The teacher's input of the layer, (B, L, D).
+            context (dict): Of :meth:`HybridDecoder.layer_context`.
+            mask (Tensor | None): Boolean (B, L), tokens that count; all when None.
+            kinds (dict[str, Tensor]): Boolean (B, L), tokens to measure apart.
+
+        Returns:
+            tuple[Tensor, Tensor, Tensor, dict]: The teacher's output (B, L, D), or None where no layer reads it; this
+            layer's share of the loss; the error, and the error of each kind.
+        """
+        after_projection, normalise = self.alignment["after_projection"], self.alignment["normalise"]
+        weight = self.alignment["scale"] / len(self.llm.model.layers)
+        pair, layer_inputs = layer.mixer, layer.mixer_context(context)
+        with torch.no_grad():
+            normed = layer.input_layernorm(hidden)
+            heads = pair.attention.head_outputs(normed, **layer_inputs)
+            mixed = pair.attention.o_proj(heads.flatten(2))
+        target = mixed[:, :, None] if after_projection else heads
+
+        def align():
+            if after_projection:
+                prediction = pair.mamba(normed, **layer_inputs)[:, :, None]
+            else:
+                prediction = pair.mamba.head_outputs(normed, **layer_inputs)
+            error, energy = token_errors(prediction, target)
+            loss = masked_error(error, energy, mask, normalise)
+            error = error.detach()
+            by_kind = {kind: masked_error(error, energy, part, normalise) for kind, part in kinds.items()}
+            return weight * loss, (loss.detach(), by_kind)
+
+        loss, (error, by_kind) = local_backward(align, [p for p in pair.mamba.parameters() if p.requires_grad])
+        if layer is self.llm.model.layers[-1]:
+            return None, loss, error, by_kind
+        with torch.no_grad():
+            hidden = hidden + mixed
+            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        return hidden, loss, error, by_kind
 
     def _divergence_loss(self, input_ids, labels, pixel_values, inputs, keys):
         rows = supervised_rows(input_ids, labels, inputs["attention_mask"], self.divergence["tokens"])

@@ -10,7 +10,7 @@ MIXER_PART = ".mixer.mamba."
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class TrainableParameters:
-    """Groups the parameters that train by weight decay and learning rate.
+    """Groups the parameters that train by weight decay, learning rate and dtype.
 
     MMEngine's own constructor makes one group per parameter, frozen ones included, and refuses modules
     that two parents share.
@@ -36,7 +36,7 @@ class TrainableParameters:
             model (nn.Module): Model, possibly wrapped for data parallelism.
 
         Returns:
-            OptimWrapper: Around an optimizer with at most four groups.
+            OptimWrapper: Around an optimizer with at most four groups of each dtype.
 
         Raises:
             UserError: When nothing trains.
@@ -46,7 +46,8 @@ class TrainableParameters:
         groups = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                key = (any(part in name for part in self.no_decay), MIXER_PART in name)
+                # DeepSpeed lays the parameters of a group side by side in one tensor.
+                key = (any(part in name for part in self.no_decay), MIXER_PART in name, parameter.dtype)
                 groups.setdefault(key, []).append(parameter)
         if not groups:
             raise UserError("no parameter of the model trains, check model.trainable")
@@ -56,7 +57,7 @@ class TrainableParameters:
                 "lr": config["lr"] * (1.0 if in_mixer else self.rest_lr_mult),
                 "weight_decay": 0.0 if no_decay else config.get("weight_decay", 0.01),
             }
-            for (no_decay, in_mixer), parameters in groups.items()
+            for (no_decay, in_mixer, _), parameters in groups.items()
         ]
         wrapper = {"type": "OptimWrapper", **self.optim_wrapper_cfg, "optimizer": OPTIMIZERS.build(config)}
         return OPTIM_WRAPPERS.build(wrapper)

@@ -93,9 +93,13 @@ def read_checkpoint(path):
         UserError: For a file that is missing, damaged or no training checkpoint.
     """
     if os.path.isdir(path):
-        from xtuner.model.utils import guess_load_checkpoint
-
-        return guess_load_checkpoint(path), {}
+        try:
+            from xtuner.utils.zero_to_any_dtype import get_state_dict_from_zero_checkpoint
+        except ImportError as error:
+            raise UserError(f"checkpoint {path} is a folder of DeepSpeed, whose package is needed to read it") from error
+        folder, name = os.path.split(os.path.abspath(path))
+        # XTuner's own reader rounds to fp16.
+        return get_state_dict_from_zero_checkpoint(folder, name, dtype=torch.float32), {}
     if not os.path.isfile(path):
         raise UserError(f"checkpoint {path} does not exist")
     allow_checkpoint_types()

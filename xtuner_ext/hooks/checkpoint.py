@@ -2,7 +2,7 @@
 
 import os.path as osp
 
-from mmengine.dist import is_main_process
+from mmengine.dist import all_gather_object, is_main_process
 from mmengine.fileio import put_text
 from mmengine.hooks import CheckpointHook
 from mmengine.model import is_model_wrapper
@@ -18,6 +18,15 @@ class SafeCheckpointHook(CheckpointHook):
     What the model says of itself (``describe()``) is kept as ``meta["distill"]``, where the next stage
     looks before it loads. Arguments are those of :class:`mmengine.hooks.CheckpointHook`.
     """
+
+    def before_train(self, runner):
+        """Refuse to go on where processes of several machines found different checkpoints."""
+        super().before_train(runner)
+        if len(found := sorted(set(all_gather_object(runner.iter)))) > 1:
+            raise UserError(
+                f"the processes would go on from different iterations, {found[0]} and {found[-1]}: {runner.work_dir} must "
+                f"be a folder that all machines see"
+            )
 
     def after_load_checkpoint(self, runner, checkpoint):
         """Refuse to go on from another configuration's checkpoint, which MMEngine would load in part."""

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import torch
-from mmengine.dist import all_reduce, master_only
+from mmengine.dist import all_reduce, is_main_process, master_only
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
@@ -89,28 +89,26 @@ class HeldOutHook(Hook):
             kept = [line for line in whole if iteration and json.loads(line)["iter"] <= iteration]
             replace_file(self.path, "".join(kept).encode())
 
-    @master_only
     @torch.no_grad()
     def _measure(self, runner, done=0):
-        from ..evaluation.fidelity import Tally, tally_rows
+        from ..evaluation.fidelity import Tally
 
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        # MMEngine's wrapper of DeepSpeed cannot be called itself.
+        forward = runner.model if callable(runner.model) else runner.model.model
         training = model.training
         model.eval()
         total = Tally()
+        # In all processes, as each may hold a part of the weights.
         for batch in self.batches:
             data = {key: value.to(model.llm.device) for key, value in batch.items()}
-            labels = data.pop("labels")
-            rows = next_token_rows(labels)
             with _precision(runner.optim_wrapper, model):
-                student, teacher = model.final_states(**data)
-                total.add(
-                    tally_rows(
-                        student[rows], model.llm.lm_head.weight, teacher[rows], model.teacher_head, labels.roll(-1, 1)[rows]
-                    )
-                )
+                total.add(forward(data, mode=_compare))
         model.train(training)
-        measures = total.measures()
+        if is_main_process():
+            self._record(runner, done, total.measures())
+
+    def _record(self, runner, done, measures):
         line = {
             "iter": done,
             "tokens": runner.message_hub.get_info(TOKENS_SEEN, 0),
@@ -128,7 +126,16 @@ class HeldOutHook(Hook):
         )
 
 
+def _compare(model, labels, **inputs):
+    from ..evaluation.fidelity import tally_rows
+
+    rows = next_token_rows(labels)
+    student, teacher = model.final_states(**inputs)
+    targets = labels.roll(-1, 1)[rows]
+    return tally_rows(student[rows], model.llm.lm_head.weight, teacher[rows], model.teacher_head, targets)
+
+
 def _precision(optim_wrapper, model):
-    # DeepSpeed's wrapper has no such context: its models are cast.
+    # DeepSpeed's wrapper has no such context: its engine makes it.
     context = getattr(optim_wrapper, "optim_context", None)
     return contextlib.nullcontext() if context is None else context(model)

@@ -189,7 +189,7 @@ class Mamba2Mixer(nn.Module):
         super()._apply(fn, recurse)
         for name, before in kept.items():
             parameter = getattr(self, name)
-            if parameter.dtype != before.dtype and not before.is_meta:
+            if parameter.dtype != before.dtype and before.is_meta == parameter.is_meta:
                 parameter.data = before.to(parameter.device)
         return self
 

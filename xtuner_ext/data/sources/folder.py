@@ -44,6 +44,8 @@ def is_made(out, settings, maker):
 def new_folder(out, settings):
     """Fill a folder under a temporary name, which becomes the final one when all went well.
 
+    When another process has made the same one meanwhile, that stays.
+
     Args:
         out (str | Path): Final name; missing or empty.
         settings (dict): For :func:`is_made`, as JSON can hold it.
@@ -58,8 +60,11 @@ def new_folder(out, settings):
         yield work
         (work / STAMP).write_text(json.dumps(settings), encoding="utf-8")
         work.chmod(0o755)
-        if out.exists():
-            out.rmdir()
-        work.rename(out)
+        try:
+            # Takes the place of an empty folder.
+            work.rename(out)
+        except OSError:
+            if not is_made(out, settings, "another process"):
+                raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
