@@ -146,9 +146,10 @@ def _targets(teacher, batch, divergence, top_k, dataset):
     """list[tuple]: What a shard holds of every sample of a batch."""
     import torch
 
+    from ..distill.losses import rows_per_chunk
     from ..distill.model import supervised_rows
     from ..distill.teacher_cache import source_numbers
-    from ..distill.top_k import CHUNK_ROWS, top_k_targets
+    from ..distill.top_k import top_k_targets
 
     if batch is None:
         return []
@@ -157,9 +158,10 @@ def _targets(teacher, batch, divergence, top_k, dataset):
     rows = supervised_rows(data["input_ids"], data.pop("labels"), data["attention_mask"], divergence["tokens"])
     embeds = teacher.embed(data.pop("input_ids"), data.pop("pixel_values"))
     hidden = teacher.model(inputs_embeds=embeds, **data).last_hidden_state[rows]
+    head = teacher.lm_head.weight
     chunks = [
-        top_k_targets(part, teacher.lm_head.weight, top_k, divergence["temperature"])
-        for part in hidden.split(divergence["chunk_rows"] or CHUNK_ROWS)
+        top_k_targets(part, head, top_k, divergence["temperature"])
+        for part in hidden.split(divergence["chunk_rows"] or rows_per_chunk(head))
     ]
     columns = [torch.cat(column).cpu().split(rows.sum(1).tolist()) for column in zip(*chunks)]
     numbers = source_numbers(dataset)

@@ -166,7 +166,7 @@ def _leave_meta(model):
 def _aligned(model, hidden, context):
     kinds, count = {"text": torch.ones(hidden.shape[:2], dtype=torch.bool)}, _LiveBytes()
     with count:
-        model.align_layer(model.llm.model.layers[-1], hidden, context, None, kinds)
+        model.align_layer(model.llm.model.layers[0], hidden, context, None, kinds)
     # What goes in stays, and the gradients of one layer are handed out later.
     total = count.peak + _bytes([hidden, *_tensors(context)])
     return {"total": total, "layer": count.peak}
