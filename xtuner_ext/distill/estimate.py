@@ -23,13 +23,14 @@ from xtuner.registry import BUILDER
 from ..convert.teacher import read_model_config, resolve_folder
 from ..data.dataset import samples_config
 from ..errors import UserError
-from ..ops.ssd import _IMPLEMENTATIONS as SCANS
-from ..ops.ssd import _repeat_groups
+from ..ops.ssd import SSD
 from .layer_selection import evenly_spaced
 from .losses import chunked_divergence
 from .model import DistillModel
 
 ZERO_LEVELS = (0, 1, 2, 3)
+# Tokens between the states that our Triton scan writes in training.
+KERNEL_CHUNK = 64
 # The kernels' context, libraries and the allocator's fragments, in bytes.
 OVERHEAD = 2 * 2**30
 # DeepSpeed's two buffers in which gradients travel, in elements, as XTuner's configurations have them.
@@ -46,8 +47,7 @@ def estimate_stage(config, gpus=1, memory=80.0, length=None, kernels=True):
         gpus (int): Training processes.
         memory (float): Of one GPU, GiB.
         length (int, optional): Tokens of a row; the config's longest when absent.
-        kernels (bool): The scan runs as a fused kernel, as on GPUs with mamba-ssm or flash-linear-attention; False
-            counts this package's own, which keeps more.
+        kernels (bool): The scan runs as a fused kernel, as on GPUs; False counts the torch twin, which keeps more.
 
     Returns:
         dict: Counts, bytes by name, and ``zero``, for each ZeRO level the bytes of one GPU and whether they fit.
@@ -238,48 +238,43 @@ class _LiveBytes(TorchDispatchMode):
 @contextlib.contextmanager
 def _fused_scan():
     # The kernels themselves run on a GPU only, and not on tensors without content.
-    before, SCANS["torch"] = SCANS["torch"], _kernel_like
+    before, SSD.twin = SSD.twin, _kernel_like
     try:
         yield
     finally:
-        SCANS["torch"] = before
+        SSD.twin = before
 
 
 class _KernelLike(torch.autograd.Function):
-    """Allocates and keeps what mamba-ssm's fused scan does; computes nothing."""
+    """Allocates and keeps what our Triton scan does; computes nothing."""
 
     @staticmethod
-    def forward(ctx, x, dt, A, B, C, chunk_size):
-        y, total = torch.empty_like(x), torch.empty(*dt.shape, dtype=torch.float32)
-        _states(x, B, chunk_size)
-        ctx.save_for_backward(x, dt, total, A, B, C, y)
-        ctx.chunk_size = chunk_size
-        return y
+    def forward(ctx, x, dt, A, B, C):
+        _states(x, B)
+        ctx.save_for_backward(x, dt, A, B, C)
+        return torch.empty_like(x)
 
     @staticmethod
     def backward(ctx, outer):
-        x, dt, _, A, B, C, _ = ctx.saved_tensors
-        states = _states(x, B, ctx.chunk_size), _states(x, B, ctx.chunk_size)
+        x, dt, A, B, C = ctx.saved_tensors
+        states = _states(x, B), _states(x, B)
+        # One share of B's and C's gradients by head, summed over groups afterwards.
+        shares = [x.new_empty(*x.shape[:3], t.shape[-1]) for t in (B, C)]
         gradients = [torch.empty_like(tensor) for tensor in (x, dt, A, B, C)]
-        del states
-        return (*gradients, None)
+        del states, shares
+        return tuple(gradients)
 
 
-def _states(x, B, chunk_size):
+def _states(x, B):
     batch, length, heads, width = x.shape
-    chunks = -(-length // chunk_size)
-    return (
-        torch.empty(batch, chunks, heads, width, B.shape[-1], dtype=torch.float32),
-        torch.empty(batch, chunks, B.shape[2], chunk_size, chunk_size, dtype=torch.float32),
-    )
+    size = (batch, heads, -(-length // KERNEL_CHUNK), width, B.shape[-1])
+    x.new_empty(size, dtype=torch.float32)
+    return x.new_empty(size)
 
 
-def _kernel_like(x, dt, A, B, C, *, dt_bias, chunk_size, **_):
-    heads = x.shape[2]
-    if B.shape[2] != C.shape[2]:
-        B, C = (_repeat_groups(t, heads, dim=2) for t in (B, C))
+def _kernel_like(x, dt, A, B, C, *, dt_bias, **_):
     dt = dt if dt_bias is None else dt + 0 * dt_bias
-    return _KernelLike.apply(x, dt, A, B, C, chunk_size), None
+    return _KernelLike.apply(x, dt, A, B, C), None
 
 
 def _on_one_gpu(model, trained, activations, gpus, memory, level):
