@@ -4,8 +4,9 @@ On a CPU, with one thread and in CPU time: our torch twins against the torch fun
 are what anyone runs there, the scan at the best of four chunk sizes; and their errors against the recurrence taken
 token by token in fp64. Repetitions are interleaved and the best of each is taken.
 
-More than half of what transformers' functions take on Linux goes into memory that they give back to the kernel and ask
-for again. xtuner-ext's own verbs keep freed memory, which helps both, so the last table repeats the scan that way.
+More than half of what transformers' functions take under Linux's defaults goes into memory that they give back to the
+system and ask for again. xtuner-ext's own verbs keep freed memory, which helps both, so the last table repeats the scan
+that way.
 
 With --device cuda: milliseconds of every installed kernel, of its first call, and what it is off from the twin in
 fp32.
@@ -205,7 +206,8 @@ def error_claims():
     for length in ERROR_LENGTHS:
         for packed in (False, True):
             arguments = inputs(length, heads=4, width=64, state=64, batch=2)
-            arguments["initial_state"] = torch.randn(2, 4, 64, 64).requires_grad_()
+            generator = torch.Generator().manual_seed(2)
+            arguments["initial_state"] = torch.randn(2, 4, 64, 64, generator=generator).requires_grad_()
             ids = None
             if packed:
                 borders = torch.tensor([[length // 3, length // 2 + 1], [1, length - 1]])
