@@ -106,7 +106,7 @@ def test_activations_of_smollm2s_shape(small_smollm2, name):
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast is not None):
         expected = measured_peak(model, batch(model, 2, 256))
     found = activation_bytes(build_structure(config), 2, 256, autocast, kernels=False)
-    assert found["total"] == pytest.approx(expected, rel=0.25)
+    assert found["total"] == pytest.approx(expected, rel=0.35)
     # A fused scan keeps less, and recomputed layers less still.
     fused = activation_bytes(build_structure(config), 2, 256, autocast)
     assert fused["total"] < found["total"]
