@@ -171,7 +171,8 @@ class TestOptimizerUnderDeepSpeed:
     def test_groups_and_precision_are_the_configs_own(self):
         from xtuner_ext.distill import DistillModel
 
-        wrapper = dict(constructor="TrainableParameters", paramwise_cfg=dict(rest_lr_mult=0.1), optimizer=dict(type="AdamW"))
+        groups = dict(constructor="TrainableParameters", paramwise_cfg=dict(rest_lr_mult=0.1))
+        wrapper = dict(**groups, optimizer=dict(type="AdamW"))
         cfg = self.build({"type": "AmpOptimWrapper", "dtype": "bfloat16", **wrapper}, dict(type=DistillModel))
         assert cfg.optim_wrapper.constructor == "TrainableParameters"
         assert cfg.optim_wrapper.paramwise_cfg == {"rest_lr_mult": 0.1} and "dtype" not in cfg.optim_wrapper

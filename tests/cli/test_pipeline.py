@@ -79,8 +79,9 @@ def test_of_several_machines_the_first_does_all_but_the_training(project, tmp_pa
     assert "pipeline.json of the first machine did not appear within 0.1 s" in capsys.readouterr().err
     monkeypatch.setenv("NODE_RANK", "0")
     assert run(project, base) == 7
-    monkeypatch.setattr(pipeline.subprocess, "call", lambda command, env: environments.append(env) or main.run(command[3:]))
     # Each process of a real run has a machine of its own; this one trains alone.
+    train = lambda command, env: environments.append(env) or main.run(command[3:])  # noqa: E731
+    monkeypatch.setattr(pipeline.subprocess, "call", train)
     assert run(project, base) == 0
     assert [env["PORT"] for env in environments] == ["29500", "29500", "29501", "29502"]
     (base / "metrics.json").unlink()

@@ -61,20 +61,22 @@ def test_memory_decides_what_fits(hovle):
     assert fits == {24: False, 80: True}
 
 
-def measured_peak(model, data):
+def measured_peak(model, data, autocast=None):
     """Bytes that the allocator had handed out at most during one step, gradients of the weights left out."""
 
     def step():
-        model.compute_loss(**data)["loss"].backward()
+        with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+            loss = model.compute_loss(**data)["loss"]
+        loss.backward()
 
     # Kernels that allocate once.
     step()
     model.zero_grad()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
         step()
-    events = sorted((event for event in run.profiler.kineto_results.events() if event.name() == "[memory]"), key=lambda e: e.start_ns())
+    events = [event for event in run.profiler.kineto_results.events() if event.name() == "[memory]"]
     live = peak = 0
-    for event in events:
+    for event in sorted(events, key=lambda event: event.start_ns()):
         live += event.nbytes()
         peak = max(peak, live)
     return peak - sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
@@ -93,6 +95,10 @@ def test_activations_of_digits(name):
     expected = measured_peak(model, batch(model, 8, 96))
     found = activation_bytes(build_structure(config), 8, 96, kernels=False)
     assert found["total"] == pytest.approx(expected, rel=0.25)
+    if model.stage == 3:
+        model.train().gradient_checkpointing_enable()
+        expected = measured_peak(model, batch(model, 8, 96))
+        assert found["checkpointed"] == pytest.approx(expected, rel=0.25)
 
 
 @pytest.mark.parametrize("name", ["stage1", "stage2", "stage3_linear", "stage3_hybrid"])
@@ -103,8 +109,7 @@ def test_activations_of_smollm2s_shape(small_smollm2, name):
         config.model.attention_layers = [2]
     model = BUILDER.build(config.model)
     autocast = autocast_dtype(config.optim_wrapper)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast is not None):
-        expected = measured_peak(model, batch(model, 2, 256))
+    expected = measured_peak(model, batch(model, 2, 256), autocast)
     found = activation_bytes(build_structure(config), 2, 256, autocast, kernels=False)
     assert found["total"] == pytest.approx(expected, rel=0.35)
     # A fused scan keeps less, and recomputed layers less still.
@@ -122,12 +127,13 @@ def test_activations_on_a_gpu(small_smollm2, name):
     config.model.llm.pretrained_model_name_or_path = str(small_smollm2)
     model = BUILDER.build(config.model).cuda()
     data = {key: value.cuda() for key, value in batch(model, 4, 1024).items()}
-    with torch.autocast("cuda", dtype=torch.bfloat16):
-        for _ in range(2):
-            model.zero_grad()
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            model.compute_loss(**data)["loss"].backward()
+    for _ in range(2):
+        model.zero_grad()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            loss = model.compute_loss(**data)["loss"]
+        loss.backward()
     gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     expected = torch.cuda.max_memory_allocated() - before - gradients
     found = activation_bytes(build_structure(config), 4, 1024, torch.bfloat16, kernels=True)

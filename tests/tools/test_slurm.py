@@ -71,8 +71,9 @@ def slurm(tmp_path):
     key.write_bytes(os.urandom(128))
     key.chmod(0o600)
     environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "PATH": f"{os.environ['PATH']}:/usr/sbin"}
-    names = {"key-file": "key", "socket": "munge.sock", "pid-file": "munged.pid", "log-file": "log", "seed-file": "seed"}
-    munged = ["munged", "--force", *(f"--{option}={folder / name}" for option, name in names.items())]
+    names = {"key": "key", "socket": "munge.sock", "pid": "munged.pid", "log": "log", "seed": "seed"}
+    options = [f"--{key}{'' if key == 'socket' else '-file'}={folder / name}" for key, name in names.items()]
+    munged = ["munged", "--force", *options]
     try:
         for command in (munged, ["slurmctld"], ["slurmd"]):
             subprocess.run(command, env=environment, check=True, capture_output=True)
@@ -100,7 +101,8 @@ def test_a_job_trains_on_two_tasks_and_submitted_again_goes_on(slurm, repository
     assert again.returncode == 0 and "resumed epoch: 0, iter: 2" in again.stdout + again.stderr
     plain = ["train", config, "2", "--work-dir", str(tmp_path / "plain"), "--cfg-options", *SMALL]
     assert run(repository / "tools" / "dist.sh", *plain, folder=tmp_path).returncode == 0
-    one, two = (torch.load(tmp_path / name / "iter_2.pth", weights_only=False)["state_dict"] for name in ("plain", "job"))
+    paths = (tmp_path / name / "iter_2.pth" for name in ("plain", "job"))
+    one, two = (torch.load(path, weights_only=False)["state_dict"] for path in paths)
     assert all(torch.equal(one[key], two[key]) for key in one)
     failing = run(script, "cpu", "digits", "gone.py", **options)
     assert failing.returncode != 0 and "config gone.py is neither a file" in failing.stderr

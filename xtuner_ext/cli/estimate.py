@@ -17,8 +17,8 @@ def parse_args(argv):
     """Parse the verb's options."""
     parser = argparse.ArgumentParser(
         prog="xtuner-ext estimate",
-        description="Count parameters, memory, checkpoint, steps and tokens of a stage, or of every stage of a project, "
-        "from the config and the teacher's config.json; no weight is read.",
+        description="Count parameters, memory, checkpoint, steps and tokens of a stage, or of every stage of a "
+        "project, from the config and the teacher's config.json; no weight is read.",
         epilog="example: xtuner-ext estimate mmmamba/digits --gpus 8 --memory 80",
     )
     parser.add_argument("config", help="config of a stage, or a project folder")
@@ -93,7 +93,8 @@ def _print(name, stage, memory):
         f"parameters {stage['parameters']:,}, of which {stage['trainable']:,} train; checkpoint "
         f"{_size(stage['checkpoint_bytes'])}",
         f"{stage['tokens_per_step']:,} tokens a step ({stage['batch_size']} rows of up to {stage['length']:,} x "
-        f"{stage['accumulate']} iterations x {stage['gpus']} GPUs), {stage['steps']:,} steps, {stage['tokens']:,} tokens",
+        f"{stage['accumulate']} iterations x {stage['gpus']} GPUs), {stage['steps']:,} steps, "
+        f"{stage['tokens']:,} tokens",
     ]
     if "checkpointed" in activations:
         lines.append(f"with activation checkpointing {_size(activations['checkpointed'])} of activations")

@@ -275,6 +275,7 @@ def _help():
             *_lines(verb for verb in STOCK_VERBS if verb not in OWN_VERBS),
             "",
             "`xtuner-ext VERB --help` prints the arguments of a verb, `--version` the versions.",
-            "NPROC_PER_NODE, NNODES, NODE_RANK, MASTER_ADDR (or ADDR) and PORT start `train` and `test` on several processes.",
+            "NPROC_PER_NODE, NNODES, NODE_RANK, MASTER_ADDR (or ADDR) and PORT start `train` and `test` on several "
+            "processes.",
         ]
     )

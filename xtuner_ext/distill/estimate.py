@@ -115,7 +115,7 @@ def build_structure(config):
 
 
 def autocast_dtype(wrapper):
-    """torch.dtype | None: In which an optimizer wrapper's config lets the model compute, None for that of its weights."""
+    """torch.dtype | None: In which an optimizer wrapper's config lets the model compute, None for its weights' own."""
     kind = getattr(wrapper["type"], "__name__", str(wrapper["type"])).rpartition(".")[2]
     if kind == "Bfloat16OptimWrapper":
         return torch.bfloat16

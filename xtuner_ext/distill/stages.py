@@ -96,7 +96,7 @@ def read_checkpoint(path):
         try:
             from xtuner.utils.zero_to_any_dtype import get_state_dict_from_zero_checkpoint
         except ImportError as error:
-            raise UserError(f"checkpoint {path} is a folder of DeepSpeed, whose package is needed to read it") from error
+            raise UserError(f"checkpoint {path} is DeepSpeed's, whose package is needed to read it") from error
         folder, name = os.path.split(os.path.abspath(path))
         # XTuner's own reader rounds to fp16.
         return get_state_dict_from_zero_checkpoint(folder, name, dtype=torch.float32), {}

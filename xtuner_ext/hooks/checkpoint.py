@@ -24,8 +24,8 @@ class SafeCheckpointHook(CheckpointHook):
         super().before_train(runner)
         if len(found := sorted(set(all_gather_object(runner.iter)))) > 1:
             raise UserError(
-                f"the processes would go on from different iterations, {found[0]} and {found[-1]}: {runner.work_dir} must "
-                f"be a folder that all machines see"
+                f"the processes would go on from different iterations, {found[0]} and {found[-1]}: "
+                f"{runner.work_dir} must be a folder that all machines see"
             )
 
     def after_load_checkpoint(self, runner, checkpoint):
