@@ -3,8 +3,8 @@
 "Local" is ours: every layer's backward pass runs inside the forward pass. "Kept" is the same with all layers' graphs
 kept until one backward pass. "Reference" is mmMamba's formulation with our classes: graphs kept, eager attention with
 an L x L mask, and the language head on all tokens, whose logits no loss reads. Weights are random, the mixer is mmMamba's.
-Peak memory is what a fresh process grows by in one step, gradients included (on CUDA: what torch allocates); saved bytes
-are those that autograd holds at the most, gradients and weights left out. Times are the best of interleaved repetitions,
+Peak memory is what a fresh process grows by in one step, gradients included (on CUDA: what torch allocates); saved
+bytes are those that autograd holds at the most, gradients and weights left out. The claim is about the former. Times are the best of interleaved repetitions,
 in processor seconds of one thread (on CUDA: seconds).
 """
 
