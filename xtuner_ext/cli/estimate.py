@@ -26,7 +26,7 @@ def parse_args(argv):
     parser.add_argument("--memory", type=float, default=80.0, help="GiB of one GPU (default: 80)")
     parser.add_argument("--length", type=int, help="tokens of a row (default: the longest that the config lets pass)")
     parser.add_argument(
-        "--no-kernels", action="store_true", help="without mamba-ssm or flash-linear-attention, whose scans keep less"
+        "--no-kernels", action="store_true", help="without Triton, whose scans keep less"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
@@ -96,7 +96,7 @@ def _print(name, stage, memory):
         f"{stage['accumulate']} iterations x {stage['gpus']} GPUs), {stage['steps']:,} steps, "
         f"{stage['tokens']:,} tokens",
     ]
-    if "checkpointed" in activations:
+    if "checkpointed" in activations and not stage["recomputes"]:
         lines.append(f"with activation checkpointing {_size(activations['checkpointed'])} of activations")
     out.print("\n".join(lines) + "\n", highlight=False)
 

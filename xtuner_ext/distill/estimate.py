@@ -81,9 +81,10 @@ def estimate_stage(config, gpus=1, memory=80.0, length=None, kernels=True):
         "steps": iterations // accumulate,
         "tokens": iterations * batch * gpus * length,
     }
-    report["zero"] = {
-        str(level): _on_one_gpu(model, trained, activations["total"], gpus, memory, level) for level in ZERO_LEVELS
-    }
+    recomputes = bool(config.model.get("use_activation_checkpointing"))
+    report["recomputes"] = recomputes
+    taken = activations["checkpointed" if recomputes else "total"]
+    report["zero"] = {str(level): _on_one_gpu(model, trained, taken, gpus, memory, level) for level in ZERO_LEVELS}
     return report
 
 
