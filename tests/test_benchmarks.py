@@ -49,7 +49,7 @@ def small_step(monkeypatch):
     monkeypatch.setattr(step.distill_model, "local_backward", step.LOCAL)
     sizes = dict(vocab_size=99, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2)
     monkeypatch.setattr(step, "SMOLLM2", {**step.SMOLLM2, **sizes})
-    args = SimpleNamespace(device="cpu", dtype="float32")
+    args = SimpleNamespace(device="cpu", dtype="float32", stage=2)
     return args, step.build(args, 2), step.tokens(args, 48)
 
 
