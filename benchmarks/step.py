@@ -1,4 +1,4 @@
-"""python benchmarks/step.py: a step of stage 2 on SmolLM2's shape, beside keeping all graphs and beside mmMamba's.
+"""python benchmarks/step.py: a step of stage 1 (or 2) on SmolLM2's shape, beside keeping all graphs and beside mmMamba's.
 
 "Local" is ours: every layer's backward pass runs inside the forward pass. "Kept" is the same with all layers' graphs
 kept until one backward pass. "Reference" is mmMamba's formulation with our classes: graphs kept, eager attention with
@@ -42,10 +42,10 @@ LOCAL = distill_model.local_backward
 
 
 def build(args, layers):
-    """DistillModel: Stage 2 with random weights."""
+    """DistillModel: With random weights."""
     torch.manual_seed(0)
     llm = HybridVLForCausalLM(HybridVLConfig(num_hidden_layers=layers, **SMOLLM2)).to(getattr(torch, args.dtype))
-    return DistillModel(llm=llm, stage=2, mixer=MIXER, trainable_dtype="float32").to(args.device).train()
+    return DistillModel(llm=llm, stage=args.stage, mixer=MIXER, trainable_dtype="float32").to(args.device).train()
 
 
 def keep_graphs(compute, parameters):
@@ -148,6 +148,7 @@ def times(args, variants, layers, length, repeat, head):
 def main():
     """Measure and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", type=int, choices=[1, 2], default=1)
     parser.add_argument("--length", type=int, default=2048, help="tokens of the one row")
     parser.add_argument("--long", type=int, default=8192, help="tokens of the longer row; 0 leaves it out")
     parser.add_argument("--long-layers", type=int, help="layers on the longer row; 5 on a CPU, for its memory, else 30")
@@ -185,7 +186,7 @@ def main():
         # A few layers would give the head more weight than it has.
         long = times(args, ("local", "reference"), layers, args.long, 1, head=layers == LAYERS)
         print_times(long, args.long, layers)
-    print(f"\n{args.dtype}; {machine()}")
+    print(f"\nStage {args.stage}, {args.dtype}; {machine()}")
     if args.json:
         print(json.dumps({"machine": machine(), "claims": claims(args, memory, apart, short)}))
 
@@ -193,7 +194,7 @@ def main():
 def memory_rows(args, layers):
     """Iterator[dict]: ``layers``, ``tokens``, ``variant``, ``peak_bytes`` and ``saved_bytes``."""
     for variant in ("local", "kept"):
-        options = ["--device", args.device, "--dtype", args.dtype, "--threads", args.threads]
+        options = ["--stage", args.stage, "--device", args.device, "--dtype", args.dtype, "--threads", args.threads]
         peak, saved = in_fresh_process(__file__, *options, "--memory-of", variant, layers, args.length)
         yield {"layers": layers, "tokens": args.length, "variant": variant, "peak_bytes": peak, "saved_bytes": saved}
 
@@ -208,7 +209,7 @@ def print_times(found, length, layers):
 def claims(args, memory, apart, short):
     """list[dict]: ``name``, ``value``, ``bar`` and ``holds`` of each claim."""
     deepest = {row["variant"]: row["peak_bytes"] for row in memory if row["layers"] == max(args.depths)}
-    where = f"{args.length:,} tokens"
+    where = f"stage {args.stage}, {args.length:,} tokens"
     found = [
         (f"peak memory of a step, local backward's of kept graphs', {where}", deepest["local"] / deepest["kept"], MEMORY_BAR),
         ("largest difference of gradients, local backward's from kept graphs'", apart, 0.0),

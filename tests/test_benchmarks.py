@@ -4,6 +4,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import ablation  # noqa: E402
+import kl  # noqa: E402
 import ssd as ssd_benchmark  # noqa: E402
+import step  # noqa: E402
 import training  # noqa: E402
 
 from xtuner_ext.cli.config_options import load_config, parse_options  # noqa: E402
@@ -40,6 +43,43 @@ def test_a_row_differs_from_the_first_one_in_what_it_sets(teacher, name):
             assert value(after, key) == wanted
         changed += [key for key in keys if value(before, key) != value(after, key)]
     assert changed
+
+
+@pytest.fixture
+def small_step(monkeypatch):
+    """Two layers of a small model, and a row of 48 tokens."""
+    monkeypatch.setattr(step.distill_model, "local_backward", step.LOCAL)
+    sizes = dict(vocab_size=99, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2)
+    monkeypatch.setattr(step, "SMOLLM2", {**step.SMOLLM2, **sizes})
+    args = SimpleNamespace(device="cpu", dtype="float32", stage=2)
+    return args, step.build(args, 2), step.tokens(args, 48)
+
+
+def test_the_steps_that_are_compared_compute_the_same_gradients(small_step):
+    args, model, ids = small_step
+    assert step.difference(args, 2, 48) == 0.0
+    found = []
+    for variant in ("local", "reference"):
+        step.step(model, ids, variant)
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
+    assert found[0].norm() > 0 and (found[0] - found[1]).norm() < 1e-4 * found[0].norm()
+
+
+def test_saved_bytes_follow_the_depth_only_where_graphs_are_kept(small_step, monkeypatch):
+    args, *_ = small_step
+    monkeypatch.setattr(step, "peak_growth", lambda device, call: call())
+    saved = {v: [step.memory_of_step(args, v, layers, 64)[1] for layers in (1, 4)] for v in ("local", "kept")}
+    # One layer's graph at a time, and the sum of the errors.
+    assert saved["local"][1] < 1.05 * saved["local"][0]
+    assert 3.5 * saved["kept"][0] < saved["kept"][1] < 4.5 * saved["kept"][0]
+
+
+@pytest.mark.parametrize("train_head", [False, True])
+def test_the_losses_that_are_compared_have_the_same_gradients(train_head):
+    args = SimpleNamespace(device="cpu", dtype="float32", width=16, vocabulary=99)
+    inputs = kl.make_inputs(args, 40, 0.4, train_head)
+    ours, theirs = (kl.step(kl.LOSSES[name], inputs) for name in ("ours", "full logits"))
+    assert len(ours) == 1 + train_head and kl.distance(ours, theirs) < 1e-5
 
 
 def test_the_first_failure_is_raised_and_what_has_not_begun_is_left_out():

@@ -318,6 +318,8 @@ class DistillModel(HybridModel):
         pair, layer_inputs = layer.mixer, layer.mixer_context(context)
         with torch.no_grad():
             normed = layer.input_layernorm(hidden)
+            if pair.mamba.q_proj is pair.attention.q_proj:
+                layer_inputs["projected"] = pair.attention.project(normed)
             heads = pair.attention.head_outputs(normed, **layer_inputs)
             mixed = pair.attention.o_proj(heads.flatten(2))
         target = mixed[:, :, None] if after_projection else heads

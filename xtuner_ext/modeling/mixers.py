@@ -41,8 +41,21 @@ class Attention(nn.Module):
         self.scaling = self.head_dim**-0.5
         _add_projections(self, config)
 
+    def project(self, hidden_states):
+        """tuple[Tensor, Tensor, Tensor]: Queries, keys and values, heads side by side, (B, L, HP) and (B, L, GP)."""
+        return self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+
     def head_outputs(
-        self, hidden_states, *, position_embeddings, attention_mask=None, packing=None, cache=None, step=None, **_
+        self,
+        hidden_states,
+        *,
+        position_embeddings,
+        attention_mask=None,
+        packing=None,
+        projected=None,
+        cache=None,
+        step=None,
+        **_,
     ):
         """Attend.
 
@@ -51,6 +64,7 @@ class Attention(nn.Module):
             position_embeddings (tuple[Tensor, Tensor]): cos and sin, (B, L, P).
             attention_mask (Tensor, optional): Mask prepared by transformers for the attention backend.
             packing (dict, optional): Where packed samples begin, as flash attention takes it.
+            projected (tuple, optional): What :meth:`project` gave before.
             cache (HybridCache, optional): Keys and values seen before; updated.
             step (DecodeStep, optional): Where the single token's key goes, inside of a CUDA graph.
 
@@ -58,9 +72,7 @@ class Attention(nn.Module):
             Tensor: Per-head outputs before the output projection, (B, L, H, P).
         """
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(shape).transpose(1, 2)
-        key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        query, key, value = (t.view(shape).transpose(1, 2) for t in projected or self.project(hidden_states))
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if step is not None:
             layer = cache.layers[self.layer_idx]
@@ -135,6 +147,7 @@ class Mamba2Mixer(nn.Module):
         position_ids=None,
         token_mask=None,
         segment_ids=None,
+        projected=None,
         cache=None,
         **_,
     ):
@@ -147,13 +160,15 @@ class Mamba2Mixer(nn.Module):
             position_ids (Tensor, optional): Integers (B, L); for ``sink``.
             token_mask (Tensor, optional): Boolean (B, L), False at padding.
             segment_ids (Tensor, optional): Integers (B, L) of packed rows.
+            projected (tuple, optional): What the attention's ``project`` gave, where the projections are its own.
             cache (HybridCache, optional): States after the tokens seen before; updated.
 
         Returns:
             Tensor: Per-head outputs before the output projection, (B, L, H, P).
         """
         batch, length, _ = hidden_states.shape
-        vkq = torch.cat([self.v_proj(hidden_states), self.k_proj(hidden_states), self.q_proj(hidden_states)], -1)
+        q, k, v = projected or (self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states))
+        vkq = torch.cat([v, k, q], -1)
         exact = None
         if self.mixer.window:
             exact = self._attend(vkq, position_embeddings, position_ids, token_mask, segment_ids, cache)
