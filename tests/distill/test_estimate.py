@@ -55,10 +55,13 @@ def test_full_size_without_a_weight(hovle, stage):
     assert report["tokens_per_step"] == (64 if stage.startswith("stage3") else 128) * 1024
 
 
-def test_memory_decides_what_fits(hovle):
-    config = load_config(config_names()["mmmamba/hovle/stage3_linear"])
-    fits = {memory: estimate_stage(config, 8, memory)["zero"]["2"]["fits"] for memory in (24, 80)}
-    assert fits == {24: False, 80: True}
+def test_memory_and_recomputation_decide_what_fits(hovle):
+    config, fits = load_config(config_names()["mmmamba/hovle/stage3_linear"]), {}
+    for recompute in (False, True):
+        config.model.use_activation_checkpointing = recompute
+        for memory in (24, 80):
+            fits[recompute, memory] = estimate_stage(config, 8, memory)["zero"]["2"]["fits"]
+    assert fits == {(False, 24): False, (False, 80): True, (True, 24): True, (True, 80): True}
 
 
 def measured_peak(model, data, autocast=None):
