@@ -97,11 +97,11 @@ def test_activations_of_digits(name):
     model = BUILDER.build(config.model)
     expected = measured_peak(model, batch(model, 8, 96))
     found = activation_bytes(build_structure(config), 8, 96, kernels=False)
-    assert found["total"] == pytest.approx(expected, rel=0.25)
+    assert found["total"] == pytest.approx(expected, rel=0.35)
     if model.stage == 3:
         model.train().gradient_checkpointing_enable()
         expected = measured_peak(model, batch(model, 8, 96))
-        assert found["checkpointed"] == pytest.approx(expected, rel=0.25)
+        assert found["checkpointed"] == pytest.approx(expected, rel=0.35)
 
 
 @pytest.mark.parametrize("name", ["stage1", "stage2", "stage3_linear", "stage3_hybrid"])
