@@ -116,7 +116,7 @@ def test_bf16_stays_close_to_fp32():
     "option, message",
     [
         ({"activation": "gelu"}, "unknown activation 'gelu' of causal_conv, expected 'silu' or None"),
-        ({"backend": "triton"}, "unknown causal_conv backend 'triton', expected one of auto, torch, native, cuda, fla"),
+        ({"backend": "triton"}, "unknown causal_conv backend 'triton', expected one of auto, tune, torch, native, cuda, fla"),
         ({"backend": "cuda"}, "takes kernels of 2 to 4 taps and a number of channels that 8 divides, not 2 taps"),
     ],
     ids=["activation", "backend", "cuda with odd channels"],

@@ -238,7 +238,7 @@ def test_shapes_that_do_not_fit_are_named(name, shape, message):
 
 
 def test_unknown_backend_names_the_known_ones():
-    with pytest.raises(ValueError, match="unknown ssd backend 'cuda', expected one of auto, torch, "):
+    with pytest.raises(ValueError, match="unknown ssd backend 'cuda', expected one of auto, tune, torch, "):
         ssd(**make_inputs(4), backend="cuda")
 
 

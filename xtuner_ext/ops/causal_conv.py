@@ -36,8 +36,9 @@ def causal_conv(
             segment.
         return_final_state (bool): Also return the last W-1 inputs, (B, D, W-1).
         backend (str): ``torch``, ``native`` (our own Triton kernels), ``cuda`` (causal-conv1d), ``fla``
-            (flash-linear-attention) or ``auto``: on CUDA the fastest of the installed kernels that agree with torch,
-            timed once for every size of call (see ``choice``), elsewhere torch. The environment variable XTUNER_EXT_CONV_BACKEND says what ``auto`` is.
+            (flash-linear-attention), ``tune`` or ``auto``: on CUDA the first of these kernels that is installed and
+            agrees with torch, with ``tune`` the fastest such, timed once for every size of call; elsewhere torch. The
+            environment variable XTUNER_EXT_CONV_BACKEND says what ``auto`` is.
 
     Returns:
         Tensor | tuple[Tensor, Tensor]: y (B, L, D); with ``return_final_state`` also the state.

@@ -51,8 +51,9 @@ def ssd(
             the segment of the first token.
         return_final_state (bool): Also return the state after the last token, in fp32.
         backend (str): ``torch``, ``native`` (our own Triton kernels), ``triton`` (mamba-ssm), ``fla``
-            (flash-linear-attention) or ``auto``: on CUDA the fastest of the installed kernels that agree with torch,
-            timed once for every size of call (see ``choice``), elsewhere torch. The environment variable XTUNER_EXT_SSD_BACKEND says what ``auto`` is.
+            (flash-linear-attention), ``tune`` or ``auto``: on CUDA the first of these kernels that is installed and
+            agrees with torch, with ``tune`` the fastest such, timed once for every size of call; elsewhere torch. The
+            environment variable XTUNER_EXT_SSD_BACKEND says what ``auto`` is.
 
     Returns:
         Tensor | tuple[Tensor, Tensor]: y of x's shape and dtype; with ``return_final_state`` also the

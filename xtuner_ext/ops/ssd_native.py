@@ -13,8 +13,13 @@ log-decays since the chunk's start, S the state that enters a chunk and ``[.]`` 
 """
 
 import torch
-import triton
-import triton.language as tl
+
+try:
+    # Of an exported folder's files transformers asks for every import that stands outside of a try block.
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("the Triton kernels of the SSD scan need the package triton") from error
 
 @triton.jit
 def _softplus(z):
