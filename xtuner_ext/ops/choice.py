@@ -207,6 +207,19 @@ def run_detached(implementation, tensors, options, trains):
             torch.autograd.grad(y, leaves, torch.ones_like(y), allow_unused=True)
 
 
+def on_own_device(call):
+    """A kernel written in Triton, launched on its first tensor's GPU and not on the current one."""
+
+    @functools.wraps(call)
+    def guarded(x, *args, **kwargs):
+        if not x.is_cuda or x.device.index == torch.cuda.current_device():
+            return call(x, *args, **kwargs)
+        with torch.cuda.device(x.device):
+            return call(x, *args, **kwargs)
+
+    return guarded
+
+
 def recording(device):
     """bool: Whether a graph is being recorded, so that no result can be looked at."""
     return torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())

@@ -6,7 +6,8 @@ of either takes a minute for each combination of options, and of these four seco
 Axis letters: B batch, L length, H heads, G groups, P head width, N state width, Q chunk length. With ``c`` the sum of
 log-decays since the chunk's start, S the state that enters a chunk and ``[.]`` 1 within one segment:
 
-    from_start_i = exp(c_i) [i, previous]     to_end_j = delta_j exp(c_Q - c_j) [j, last]     keep = exp(c_Q) [last, previous]
+    from_start_i = exp(c_i) [i, previous]     to_end_j = delta_j exp(c_Q - c_j) [j, last]
+    keep = exp(c_Q) [last, previous]
     W_ij = exp(c_i - c_j) delta_j [i, j], j <= i
     y_i = sum_j (C_i . B_j) W_ij x_j + from_start_i S C_i
     S <- keep S + sum_j to_end_j x_j B_j^T
@@ -20,6 +21,12 @@ try:
     import triton.language as tl
 except ImportError as error:
     raise ImportError("the Triton kernels of the SSD scan need the package triton") from error
+
+from .ssd_torch import LOG2_E, STRONGEST_DECAY
+
+# Bounds a token's log-decay as in the twin: a larger one would eat the digits of the sums.
+_STRONGEST = tl.constexpr(STRONGEST_DECAY / LOG2_E)
+
 
 @triton.jit
 def _softplus(z):
@@ -45,7 +52,8 @@ def _decays_kernel(
     if HAS_BIAS:
         z += tl.load(bias + head).to(tl.float32)
     step = _softplus(z)
-    total = tl.cumsum(tl.minimum(step * tl.load(A + head).to(tl.float32), 0.0), 0)
+    decay = tl.maximum(tl.minimum(step * tl.load(A + head).to(tl.float32), 0.0), _STRONGEST)
+    total = tl.cumsum(decay, 0)
     last = tl.sum(tl.where(inside == Q - 1, total, 0.0), 0)
     start, end, kept = tl.exp(total), step * tl.exp(last - total), tl.exp(last)
     if HAS_SEGMENTS:
@@ -363,8 +371,11 @@ def native_ssd(x, dt, A, B, C, *, dt_bias=None, segment_ids=None, initial_state=
         tuple[Tensor, Tensor]: y and the final state in fp32.
     """
     x, B, C = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, B, C))
+    A, dt_bias = A.contiguous(), None if dt_bias is None else dt_bias.contiguous()
     segment_ids = None if segment_ids is None else segment_ids.to(torch.int32).contiguous()
     if chunk_size is None:
         # Longer chunks write fewer states; their gradients no longer fit the registers.
-        chunk_size = 64 if torch.is_grad_enabled() else 128
+        given = (x, dt, A, B, C, dt_bias, initial_state)
+        trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+        chunk_size = 64 if trains else 128
     return _TritonSSD.apply(x, dt, A, B, C, dt_bias, segment_ids, initial_state, chunk_size)
