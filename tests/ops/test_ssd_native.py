@@ -78,7 +78,8 @@ assert error <= 1e-4, error
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs the package triton")
 def test_a_token_that_forgets_all_leaves_later_decays_their_digits(repository):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", STRONG], env=environment, cwd=repository, capture_output=True, text=True)
+    command = [sys.executable, "-c", STRONG]
+    done = subprocess.run(command, env=environment, cwd=repository, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

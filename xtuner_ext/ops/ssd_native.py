@@ -130,11 +130,14 @@ def _output_kernel(
     real, wide, deep = token[:, None] < length, p[None, :] < P, n[None, :] < N
     at = row * chunks * Q + token
     total, step = tl.load(cumulated + at), tl.load(delta + at)
-    b = tl.load(B + batch * B_b + (head // B_share) * B_h + token[:, None] * B_l + n[None, :], mask=real & deep, other=0.0)
-    c = tl.load(C + batch * C_b + (head // C_share) * C_h + token[:, None] * C_l + n[None, :], mask=real & deep, other=0.0)
+    at_b = B + batch * B_b + (head // B_share) * B_h + token[:, None] * B_l + n[None, :]
+    b = tl.load(at_b, mask=real & deep, other=0.0)
+    at_c = C + batch * C_b + (head // C_share) * C_h + token[:, None] * C_l + n[None, :]
+    c = tl.load(at_c, mask=real & deep, other=0.0)
     v = tl.load(x + batch * x_b + head * x_h + token[:, None] * x_l + p[None, :], mask=real & wide, other=0.0)
     # 1. What the carried state adds.
-    s = tl.load(states + (row * chunks + chunk) * P * N + p[None, :] * N + n[:, None], mask=wide & (n[:, None] < N), other=0.0)
+    matrix = states + (row * chunks + chunk) * P * N + p[None, :] * N + n[:, None]
+    s = tl.load(matrix, mask=wide & (n[:, None] < N), other=0.0)
     out = tl.dot(c, s, input_precision=PRECISION) * tl.load(from_start + at)[:, None]
     # 2. Inside the chunk; masked before exp, which overflows above the diagonal.
     visible = inside[:, None] >= inside[None, :]
@@ -144,7 +147,8 @@ def _output_kernel(
     weight = tl.exp(tl.where(visible, total[:, None] - total[None, :], float("-inf"))) * step[None, :]
     scores = tl.dot(c, tl.trans(b), input_precision=PRECISION) * weight
     out += tl.dot(scores.to(v.dtype), v, input_precision=PRECISION)
-    tl.store(y + batch * y_b + head * y_h + token[:, None] * y_l + p[None, :], out.to(y.dtype.element_ty), mask=real & wide)
+    at = y + batch * y_b + head * y_h + token[:, None] * y_l + p[None, :]
+    tl.store(at, out.to(y.dtype.element_ty), mask=real & wide)
 
 
 @triton.jit
@@ -165,8 +169,10 @@ def _gradient_kernel(
     at = row * chunks * Q + token
     total, step = tl.load(cumulated + at), tl.load(delta + at)
     start, end = tl.load(from_start + at), tl.load(to_end + at)
-    b = tl.load(B + batch * B_b + (head // B_share) * B_h + token[:, None] * B_l + n[None, :], mask=real & deep, other=0.0)
-    c = tl.load(C + batch * C_b + (head // C_share) * C_h + token[:, None] * C_l + n[None, :], mask=real & deep, other=0.0)
+    at_b = B + batch * B_b + (head // B_share) * B_h + token[:, None] * B_l + n[None, :]
+    b = tl.load(at_b, mask=real & deep, other=0.0)
+    at_c = C + batch * C_b + (head // C_share) * C_h + token[:, None] * C_l + n[None, :]
+    c = tl.load(at_c, mask=real & deep, other=0.0)
     v = tl.load(x + batch * x_b + head * x_h + token[:, None] * x_l + p[None, :], mask=real & wide, other=0.0)
     g = tl.load(dy + batch * dy_b + head * dy_h + token[:, None] * dy_l + p[None, :], mask=real & wide, other=0.0)
     visible = inside[:, None] >= inside[None, :]
@@ -274,7 +280,8 @@ class _TritonSSD(torch.autograd.Function):
         dB, dC = (torch.empty(*x.shape[:3], shape.N, dtype=t.dtype, device=x.device) for t in (B, C))
         ddelta, dcumulated = torch.empty_like(decays["delta"]), torch.empty_like(decays["delta"])
         _gradient_kernel[shape.grid](
-            *(x, B, C, dy, decays["delta"], decays["cumulated"], decays["from_start"], decays["to_end"], decays["keep"]),
+            *(x, B, C, dy),
+            *(decays[name] for name in ("delta", "cumulated", "from_start", "to_end", "keep")),
             *(segments, states, dstates, dx, dB, dC, ddelta, dcumulated),
             *(*shape.sizes, shape.P, shape.N, *x.stride()[:3], *shape.grouped(B), *shape.grouped(C), *dy.stride()[:3]),
             HAS_SEGMENTS=segments is not None,
