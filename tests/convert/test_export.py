@@ -3,9 +3,10 @@
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.dynamic_module_utils import get_imports
 
 from xtuner_ext.convert import load_teacher
-from xtuner_ext.convert.export import export_student, logits_difference
+from xtuner_ext.convert.export import MODELLING_FILES, PACKAGE, export_student, logits_difference
 from xtuner_ext.convert.teacher import load_processor
 from xtuner_ext.distill import DistillModel
 from xtuner_ext.errors import UserError
@@ -28,6 +29,12 @@ def trained():
                 parameter.add_(0.05 * torch.randn_like(parameter))
     model._activate("linear_attention")
     return model.eval()
+
+
+def test_the_written_code_asks_for_no_package_that_only_gpus_need():
+    # transformers refuses to load a folder from a hub where any of its files imports what is not installed.
+    found = {name for path in MODELLING_FILES for name in get_imports(PACKAGE / path)}
+    assert {"torch", "transformers"} <= found and not found & {"triton", "mamba_ssm", "causal_conv1d", "fla"}
 
 
 def export(model, out, **options):

@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from xtuner_ext.modeling import HybridCache, graphs, modeling
+from xtuner_ext.modeling.cache import StateLayer
 
 Q = 8
 IMAGE = 60
@@ -51,6 +52,27 @@ def test_a_static_cache_gives_the_logits_of_the_whole(model, room):
         parts.append(model(part, past_key_values=cache).logits)
     torch.testing.assert_close(torch.cat(parts, 1), whole, **TOLERANCE)
     assert cache.get_seq_length() == 23 and cache.rows == 2
+
+
+def test_a_state_is_kept_contiguous_whatever_a_kernel_returns():
+    layer, state = StateLayer(), torch.randn(2, 3, 5, 4).mT
+    layer.update_recurrent_state(state)
+    kept = layer.recurrent_states[0]
+    # Steps write over it, which takes a contiguous one.
+    assert kept.is_contiguous() and torch.equal(kept, state)
+
+
+@pytest.mark.parametrize("room", [None, 32], ids="room for {}".format)
+def test_copies_made_under_inference_mode_can_be_continued(model, room):
+    ids, cache = make_ids(1, 12), HybridCache(model.config, max_length=room)
+    with torch.no_grad():
+        model.prefill(ids[:, :10], past_key_values=cache)
+    with torch.inference_mode():
+        twin = cache.copy()
+        twin.batch_repeat_interleave(2)
+    with torch.no_grad():
+        logits = [model(ids[:, at : at + 1].expand(2, -1), past_key_values=twin).logits for at in (10, 11)]
+        torch.testing.assert_close(torch.cat(logits, 1)[:1], model(ids).logits[:, 10:], **TOLERANCE)
 
 
 @torch.no_grad()

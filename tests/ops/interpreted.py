@@ -29,13 +29,13 @@ CASES = {
         causal_conv_step_triton.triton_conv_step,
         [(2, True), (4, True), (3, False)],
     ),
-    "mamba_ssm": (ssd, ssd.torch_ssd, ssd_kernels.triton_ssd, [(16, 16)]),
-    "fla": (ssd, ssd.torch_ssd, ssd_kernels.fla_ssd, [(16, 16)]),
+    "mamba_ssm": (ssd, ssd.torch_ssd, ssd_kernels.triton_ssd, [(16, 16, True), (16, 16, False)]),
+    "fla": (ssd, ssd.torch_ssd, ssd_kernels.fla_ssd, [(16, 16, True), (16, 16, False)]),
     "fla convolution": (
         causal_conv,
         causal_conv.torch_conv,
         causal_conv_kernels.fla_conv,
-        [(4, True, True, True), (2, True, False, True), (3, False, True, False)],
+        [(4, True, True, True, True), (2, True, False, True, True), (3, False, True, False, True)],
     ),
 }
 

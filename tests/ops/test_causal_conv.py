@@ -116,7 +116,7 @@ def test_bf16_stays_close_to_fp32():
     "option, message",
     [
         ({"activation": "gelu"}, "unknown activation 'gelu' of causal_conv, expected 'silu' or None"),
-        ({"backend": "triton"}, "unknown causal_conv backend 'triton', expected one of auto, torch, native, cuda, fla"),
+        ({"backend": "triton"}, "backend 'triton', expected one of auto, tune, torch, native, cuda, fla"),
         ({"backend": "cuda"}, "takes kernels of 2 to 4 taps and a number of channels that 8 divides, not 2 taps"),
     ],
     ids=["activation", "backend", "cuda with odd channels"],
@@ -186,3 +186,13 @@ def test_kernels_equal_the_sum_over_taps_with_every_gradient(packed, state, back
     arguments = {name: value.detach().cuda().requires_grad_() for name, value in arguments.items()}
     ids = torch.repeat_interleave(torch.arange(4), 16).expand(2, -1).cuda() if packed else None
     assert_same_with_gradients(arguments, segment_ids=ids, backend=backend, tolerance=1e-3)
+
+
+@pytest.mark.parametrize("batch, length", [(0, 5), (2, 0)], ids=["no rows", "no tokens"])
+def test_nothing_leaves_the_state_as_it_was(batch, length):
+    x, state = torch.ones(batch, length, 6, requires_grad=True), torch.ones(batch, 6, 3, requires_grad=True)
+    ids = torch.zeros(batch, length, dtype=torch.int32)
+    options = dict(segment_ids=ids, initial_state=state, return_final_state=True)
+    y, final = causal_conv(x, torch.ones(6, 4), **options)
+    assert y.shape == x.shape and final.shape == state.shape and (length or torch.equal(final, state))
+    assert [t.shape for t in torch.autograd.grad(y.sum() + final.sum(), [x, state])] == [x.shape, state.shape]

@@ -55,7 +55,7 @@ def backends(*calls, module="torch"):
     return made
 
 
-def choose(made, x, wanted="auto", kind=(4,), case="small", refusals=None):
+def choose(made, x, wanted="tune", kind=(4,), case="small", refusals=None):
     def seconds(call):
         made.runs.append(call)
         return {"quick": 1.0, "slow": 2.0}.get(call.__name__)
@@ -105,23 +105,41 @@ def test_a_named_kernel_says_why_it_cannot_run(gpu):
         choose(backends(quick), gpu, "quick", refusals={"quick": "cannot count"})
     with pytest.raises(ValueError, match="op backend 'quick' needs a-package, which is not installed"):
         choose(backends(quick, module="a_module_that_is_missing"), gpu, "quick")
-    with pytest.raises(ValueError, match="unknown op backend 'fast', expected one of auto, torch, quick"):
+    with pytest.raises(ValueError, match="unknown op backend 'fast', expected one of auto, tune, torch, quick"):
         choose(backends(quick), gpu, "fast")
+
+
+def test_auto_takes_the_first_that_works_and_neither_runs_nor_times_the_others(gpu):
+    made = backends(wrong, slow, quick)
+    assert choose(made, gpu, "auto") is slow and choose(made, gpu, "auto", case="large") is slow
+    assert made.runs == [wrong, slow] and quick not in [call for call, _ in made.probes]
+    assert choose(made, gpu, "auto", refusals={"slow": "cannot"}) is quick
+    # Measuring afterwards still measures them all.
+    assert choose(made, gpu) is quick and choose(made, gpu, "auto", case="large") is slow
+
+
+def test_the_environment_can_ask_for_measurement(gpu, monkeypatch):
+    made = backends(slow, quick)
+    assert choose(made, gpu, "auto") is slow
+    monkeypatch.setenv(VARIABLE, "tune")
+    assert choose(made, gpu, "auto") is quick
+    cpu = SimpleNamespace(is_cuda=False, device=torch.device("cpu"), dtype=torch.float32)
+    assert choose(made, cpu, "auto") is twin and choose(made, cpu, "tune") is twin
 
 
 def test_the_environment_says_what_auto_is_on_a_gpu(gpu, monkeypatch):
     monkeypatch.setenv(VARIABLE, "slow")
     made = backends(slow, quick)
-    assert choose(made, gpu) is slow and choose(made, gpu, "quick") is quick and made.runs == [slow, quick]
+    assert choose(made, gpu, "auto") is slow and choose(made, gpu, "quick") is quick and made.runs == [slow, quick]
     cpu = SimpleNamespace(is_cuda=False, device=torch.device("cpu"), dtype=torch.float32)
-    assert choose(made, cpu) is twin
+    assert choose(made, cpu, "auto") is twin
 
 
 def test_deterministic_algorithms_take_the_first_that_works(gpu):
     torch.use_deterministic_algorithms(True)
     try:
         made = backends(wrong, slow, quick)
-        assert choose(made, gpu) is slow and made.runs == [wrong, slow, quick]
+        assert choose(made, gpu) is slow and made.runs == [wrong, slow]
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -145,7 +163,7 @@ def test_a_kernel_without_memory_to_time_it_is_not_chosen(gpu):
             raise torch.OutOfMemoryError("full")
         return 1.0
 
-    assert made.choose("auto", gpu, (4,), "small", {}, seconds) is slow
+    assert made.choose("tune", gpu, (4,), "small", {}, seconds) is slow
 
 
 @pytest.fixture

@@ -238,7 +238,7 @@ def test_shapes_that_do_not_fit_are_named(name, shape, message):
 
 
 def test_unknown_backend_names_the_known_ones():
-    with pytest.raises(ValueError, match="unknown ssd backend 'cuda', expected one of auto, torch, "):
+    with pytest.raises(ValueError, match="unknown ssd backend 'cuda', expected one of auto, tune, torch, "):
         ssd(**make_inputs(4), backend="cuda")
 
 
@@ -357,3 +357,14 @@ def test_b_and_c_of_higher_precision_are_brought_to_that_of_x():
     rounded = {**arguments, "B": arguments["B"].to(torch.bfloat16), "C": arguments["C"].to(torch.bfloat16)}
     found = ssd(**arguments, backend="torch")
     assert found.dtype == torch.bfloat16 and torch.equal(found, ssd(**rounded, backend="torch"))
+
+
+@pytest.mark.parametrize("batch, length", [(0, 5), (2, 0)], ids=["no rows", "no tokens"])
+def test_nothing_leaves_the_state_as_it_was(batch, length):
+    x, dt, B = torch.ones(batch, length, 4, 8), torch.ones(batch, length, 4), torch.ones(batch, length, 2, 8)
+    x.requires_grad_()
+    ids, state = torch.zeros(batch, length, dtype=torch.long), torch.ones(batch, 4, 8, 8)
+    options = dict(segment_ids=ids, initial_state=state, return_final_state=True)
+    y, final = ssd(x, dt, -torch.ones(4), B, B[:, :, :1], **options)
+    assert y.shape == x.shape and torch.equal(final, state)
+    assert torch.autograd.grad(y.sum(), x)[0].shape == x.shape

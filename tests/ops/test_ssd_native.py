@@ -61,6 +61,28 @@ def test_agrees_with_the_twin_under_tritons_interpreter(repository):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+STRONG = """
+import torch
+from xtuner_ext.ops.ssd import ssd
+from xtuner_ext.ops.ssd_native import native_ssd
+
+x, B, C = torch.randn(3, 1, 32, 1, 16, generator=torch.Generator().manual_seed(0)).unbind()
+dt, A = torch.full((1, 32, 1), -10.0), torch.tensor([-1e4])
+dt[0, 10] = 3.0
+twin, (found, _) = ssd(x, dt, A, B, C, backend="torch"), native_ssd(x, dt, A, B, C, chunk_size=32)
+error = ((found - twin)[:, 11:].norm() / twin[:, 11:].norm()).item()
+assert error <= 1e-4, error
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs the package triton")
+def test_a_token_that_forgets_all_leaves_later_decays_their_digits(repository):
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", STRONG]
+    done = subprocess.run(command, env=environment, cwd=repository, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_agrees_with_the_twin_on_a_gpu():

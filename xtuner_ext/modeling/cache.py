@@ -117,7 +117,9 @@ class StateLayer(LinearAttentionLayer):
         super().__init__(number_of_states=2)
 
     def lazy_initialization(self, conv_states=None, recurrent_states=None, state_idx=0, conv_kernel_size=None):
-        """Allocate a state like the first one."""
+        """Allocate a state like the first one, contiguous: some kernels return transposed ones."""
+        if recurrent_states is not None:
+            recurrent_states = recurrent_states.contiguous()
         # Inference tensors could not be written to again outside of inference mode.
         with torch.inference_mode(False):
             super().lazy_initialization(conv_states, recurrent_states, state_idx, conv_kernel_size)
@@ -232,12 +234,14 @@ class HybridCache(Cache):
         """int: Bytes held by all layers, over the whole batch; room that is not filled yet counts."""
         return sum(t.numel() * t.element_size() for t in self.tensors())
 
+    @torch.inference_mode(False)
     def copy(self):
         """A cache that has seen the same and goes its own way, such as a question that leaves no trace in a stream.
 
         Returns:
             HybridCache: Of the same kind; the states of linear layers, and static keys and values, are copied.
         """
+        # Inference tensors could not be written to again outside of inference mode.
         twin = object.__new__(HybridCache)
         twin.__dict__.update(self.__dict__)
         twin.graphs, twin.layers = {}, []
@@ -256,6 +260,7 @@ class HybridCache(Cache):
             twin.layers.append(other)
         return twin
 
+    @torch.inference_mode(False)
     def batch_repeat_interleave(self, repeats):
         """Give every row ``repeats`` copies, for beams and several answers to one prompt."""
         super().batch_repeat_interleave(repeats)

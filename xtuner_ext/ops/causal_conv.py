@@ -36,8 +36,9 @@ def causal_conv(
             segment.
         return_final_state (bool): Also return the last W-1 inputs, (B, D, W-1).
         backend (str): ``torch``, ``native`` (our own Triton kernels), ``cuda`` (causal-conv1d), ``fla``
-            (flash-linear-attention) or ``auto``: on CUDA the fastest of the installed kernels that agree with torch,
-            timed once for every size of call (see ``choice``), elsewhere torch. The environment variable XTUNER_EXT_CONV_BACKEND says what ``auto`` is.
+            (flash-linear-attention), ``tune`` or ``auto``: on CUDA the first of these kernels that is installed and
+            agrees with torch, with ``tune`` the fastest such, timed once for every size of call; elsewhere torch. The
+            environment variable XTUNER_EXT_CONV_BACKEND says what ``auto`` is.
 
     Returns:
         Tensor | tuple[Tensor, Tensor]: y (B, L, D); with ``return_final_state`` also the state.
@@ -56,7 +57,7 @@ def causal_conv(
     call = CONV.choose(
         backend,
         x,
-        (weight.shape[1], bias is not None, segment_ids is not None, initial_state is not None),
+        (weight.shape[1], bias is not None, segment_ids is not None, initial_state is not None, trains),
         _case(x, weight, segment_ids, trains),
         _refusals(x, weight, segment_ids),
         lambda implementation: run_detached(implementation, tensors, options, trains),
@@ -86,8 +87,8 @@ def _case(x, weight, segment_ids, trains):
 
 
 def _probe(implementation, device, dtype, kind):
-    """dict[str, Tensor]: Output and gradients of a convolution of 256 tokens."""
-    width, with_bias, packed, with_state = kind
+    """dict[str, Tensor]: Output, and where it trains gradients, of a convolution of 256 tokens."""
+    width, with_bias, packed, with_state, trains = kind
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
@@ -98,9 +99,11 @@ def _probe(implementation, device, dtype, kind):
         tensors["bias"] = normal(64)
     if with_state:
         tensors["initial_state"] = normal(2, 64, width - 1)
-    tensors = {name: t.requires_grad_() for name, t in tensors.items()}
+    tensors = {name: t.requires_grad_(trains) for name, t in tensors.items()}
     ids = torch.tensor([[0] * 40 + [1] + [2] * 87, [0] * 100 + [1] * 28], device=device) if packed else None
     y = implementation(**{"bias": None, "initial_state": None, **tensors}, activation="silu", segment_ids=ids)
+    if not trains:
+        return {"y": y}
     gradients = torch.autograd.grad(y, list(tensors.values()), normal(*y.shape))
     return {"y": y, **dict(zip((f"gradient of {name}" for name in tensors), gradients))}
 

@@ -8,12 +8,14 @@ import importlib
 import torch
 import torch.nn.functional as F
 
+from .choice import on_own_device
 from .segments import flat_segments
 
 # Elements that 32-bit pointer arithmetic reaches.
 INT32_ELEMENTS = 2**31 - 1
 
 
+@on_own_device
 def native_conv(x, weight, bias, activation, segment_ids, initial_state):
     """Our own in Triton; arguments and result are those of ``torch_conv``."""
     # Where there is no Triton, this module is imported all the same.

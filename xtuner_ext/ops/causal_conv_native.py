@@ -6,8 +6,13 @@ Axis letters: B batch, L length, D channels, W kernel width.
 """
 
 import torch
-import triton
-import triton.language as tl
+
+try:
+    # Of an exported folder's files transformers asks for every import that stands outside of a try block.
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("the Triton kernels of the causal convolution need the package triton") from error
 
 TOKENS, CHANNELS = 64, 64
 
@@ -48,7 +53,9 @@ def _forward_kernel(
     if HAS_BIAS:
         z += tl.load(bias + channel, mask=channel < D, other=0.0).to(tl.float32)[None, :]
     for back in tl.static_range(W):
-        value = _tap(x, past, segments, batch, token, channel, own, back, length, D, x_b, x_l, HAS_PAST, HAS_SEGMENTS, W)
+        value = _tap(
+            x, past, segments, batch, token, channel, own, back, length, D, x_b, x_l, HAS_PAST, HAS_SEGMENTS, W
+        )
         z += value * tl.load(weight + channel * W + W - 1 - back, mask=channel < D, other=0.0).to(tl.float32)[None, :]
     if SILU:
         z = z * tl.sigmoid(z)
@@ -62,7 +69,7 @@ def _taps_gradient_kernel(
     HAS_BIAS: tl.constexpr, HAS_SEGMENTS: tl.constexpr, HAS_PAST: tl.constexpr, SILU: tl.constexpr,
     W: tl.constexpr, T: tl.constexpr, K: tl.constexpr,
 ):
-    """Gradient before the activation, (B, L, D), and this tile's part of the taps' and the bias', (B, tiles, W + 1, D)."""
+    """Gradient before the activation, (B, L, D), and of taps and bias in this tile, (B, tiles, W + 1, D)."""
     tile, batch = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     token = tile * T + tl.arange(0, T)
     channel = tl.program_id(1) * K + tl.arange(0, K)
@@ -76,14 +83,19 @@ def _taps_gradient_kernel(
         if HAS_BIAS:
             z += tl.load(bias + channel, mask=channel < D, other=0.0).to(tl.float32)[None, :]
         for back in tl.static_range(W):
-            value = _tap(x, past, segments, batch, token, channel, own, back, length, D, x_b, x_l, HAS_PAST, HAS_SEGMENTS, W)
-            z += value * tl.load(weight + channel * W + W - 1 - back, mask=channel < D, other=0.0).to(tl.float32)[None, :]
+            value = _tap(
+                x, past, segments, batch, token, channel, own, back, length, D, x_b, x_l, HAS_PAST, HAS_SEGMENTS, W
+            )
+            tap = tl.load(weight + channel * W + W - 1 - back, mask=channel < D, other=0.0).to(tl.float32)
+            z += value * tap[None, :]
         share = tl.sigmoid(z)
         g = g * share * (1 + z * (1 - share))
     tl.store(dz + (batch * length + token[:, None]) * D + channel[None, :], g.to(dz.dtype.element_ty), mask=inside)
     out = dtaps + (batch * tiles + tile) * (W + 1) * D + channel
     for back in tl.static_range(W):
-        value = _tap(x, past, segments, batch, token, channel, own, back, length, D, x_b, x_l, HAS_PAST, HAS_SEGMENTS, W)
+        value = _tap(
+            x, past, segments, batch, token, channel, own, back, length, D, x_b, x_l, HAS_PAST, HAS_SEGMENTS, W
+        )
         tl.store(out + (W - 1 - back) * D, tl.sum(value * g, 0), mask=channel < D)
     tl.store(out + W * D, tl.sum(g, 0), mask=channel < D)
 

@@ -5,6 +5,8 @@ Axis letters: B batch, D channels, W kernel width.
 
 import torch
 
+from .choice import on_own_device
+
 try:
     import triton
     import triton.language as tl
@@ -16,6 +18,7 @@ except ImportError:
 CHANNELS = 256
 
 
+@on_own_device
 def triton_conv_step(x, weight, bias, activation, state):
     """Convolve one token.
 

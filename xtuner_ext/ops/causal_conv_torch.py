@@ -106,7 +106,7 @@ class _Blocks:
 
     def within(self, t, start, back):
         """Tensor: ``t`` (B, Q, D), zero where the token ``back`` places before is of another segment."""
-        if self.ids is None or back == 0:
+        if self.ids is None or back == 0 or not self.length:
             return t
         # What lies before the first token belongs to its segment; beyond the last there is nothing to read.
         now = torch.arange(start, start + t.shape[1], device=t.device)

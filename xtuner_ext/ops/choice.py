@@ -1,14 +1,18 @@
-"""Which of several implementations of one operation runs: checked against the torch twin, then timed.
+"""Which of several implementations of one operation runs.
 
-Every process checks and times for itself. Ranks of a distributed job may therefore choose differently, which is
-harmless: no implementation communicates, and all agree with the twin up to rounding. Who needs the same bits in every
-run names a backend, in the call or in the operation's environment variable, or asks torch for deterministic
-algorithms: then the first one that passes the check is taken without timing.
+``auto`` takes the first kernel that is installed and agrees with the torch twin, ours before other packages', whose
+first calls may search block sizes for a minute. ``tune`` checks and times them all and takes the fastest for every size
+of call, which pays in long runs.
+
+Every process checks and times for itself. Ranks of a distributed job that tunes may therefore choose differently,
+which is harmless: no implementation communicates, and all agree with the twin up to rounding. Who needs the same bits
+in every run names a backend or does not tune; where torch is asked for deterministic algorithms nothing is timed.
 """
 
 import functools
 import importlib
 import importlib.util
+import itertools
 import logging
 import os
 import sys
@@ -52,22 +56,22 @@ class Backends:
         kernels (dict[str, Kernel]): The others by name, the preferred first. They run on CUDA.
         probe (Callable): Takes a function, a device, a dtype and a ``kind``, runs the function on a small input and
             returns its outputs and gradients by name.
-        variable (str): Environment variable that says what ``auto`` is on CUDA.
+        variable (str): Environment variable that says what ``auto`` is on CUDA, ``tune`` for instance.
     """
 
     def __init__(self, operation, twin, kernels, probe, variable):
         self.operation, self.twin, self.kernels, self.probe, self.variable = operation, twin, kernels, probe, variable
-        self.names = ("auto", "torch", *kernels)
+        self.names = ("auto", "tune", "torch", *kernels)
         self.faults, self.chosen = {}, {}
 
     def choose(self, wanted, x, kind, case, refusals, run):
         """Choose the implementation of a call.
 
         Args:
-            wanted (str): A backend, or ``auto``.
+            wanted (str): A backend, ``auto`` or ``tune``; the latter two are torch off CUDA.
             x (Tensor): Gives device and dtype.
             kind (tuple): What beside these a kernel may stumble over; each is checked once.
-            case (str): What else the time depends on, in words; each is timed once.
+            case (str): What else the time depends on, in words; each is timed once where times are taken.
             refusals (dict[str, str]): Why a kernel cannot do what this call asks, by name.
             run (Callable): Runs the call with a given implementation and leaves no trace; tunes and times it.
 
@@ -78,25 +82,30 @@ class Backends:
             ValueError: For an unknown backend, or a named one that cannot do what is asked or is not installed.
             RuntimeError: For a named one that fails its check.
         """
-        if wanted == "auto":
+        if wanted in ("auto", "tune") and not x.is_cuda:
             # Kernels are CUDA's: a process that trains on a GPU still runs small things on the CPU.
-            wanted = (os.environ.get(self.variable) or "auto") if x.is_cuda else "torch"
+            return self.twin
+        if wanted == "auto":
+            wanted = os.environ.get(self.variable) or "auto"
         if wanted not in self.names:
             raise ValueError(f"unknown {self.operation} backend {wanted!r}, expected one of {', '.join(self.names)}")
         if wanted == "torch":
             return self.twin
         key = (x.device, x.dtype, kind)
-        if wanted != "auto":
+        if wanted not in ("auto", "tune"):
             return self._named(wanted, key, refusals, run)
-        name = self.chosen.get((key, case))
+        tunes = wanted == "tune" and not torch.are_deterministic_algorithms_enabled()
+        name = self.chosen.get((key, case, tunes))
         if name is None or name in refusals:
             able = [name for name, kernel in self.kernels.items() if name not in refusals and kernel.installed]
             if recording(x.device):
                 # Nothing may be run or timed now, so what passed its check before; not remembered.
                 name = next((name for name in able if self.faults.get((name, key)) == ""), "torch")
             else:
-                able = [name for name in able if not self._fault(name, key, run, warn=True)]
-                name = self.chosen[(key, case)] = self._fastest(able, x, case, run)
+                # Looked at one after the other, so that nothing is compiled behind the first that works.
+                working = (name for name in able if not self._fault(name, key, run, warn=True))
+                working = list(working if tunes else itertools.islice(working, 1))
+                name = self.chosen[(key, case, tunes)] = self._fastest(working, x, case, run)
         return self.twin if name == "torch" else self.kernels[name].call
 
     def _named(self, name, key, refusals, run):
@@ -115,7 +124,7 @@ class Backends:
             packages = " or ".join(kernel.package for kernel in self.kernels.values())
             logger.info(f"{what}: torch (correct but slower; {packages} would bring a kernel)")
             return "torch"
-        if len(able) == 1 or torch.are_deterministic_algorithms_enabled():
+        if len(able) == 1:
             logger.info(f"{what}: {able[0]}")
             return able[0]
         seconds = {}
@@ -196,6 +205,19 @@ def run_detached(implementation, tensors, options, trains):
         if trains:
             leaves = [t for t in copies.values() if t.requires_grad]
             torch.autograd.grad(y, leaves, torch.ones_like(y), allow_unused=True)
+
+
+def on_own_device(call):
+    """A kernel written in Triton, launched on its first tensor's GPU and not on the current one."""
+
+    @functools.wraps(call)
+    def guarded(x, *args, **kwargs):
+        if not x.is_cuda or x.device.index == torch.cuda.current_device():
+            return call(x, *args, **kwargs)
+        with torch.cuda.device(x.device):
+            return call(x, *args, **kwargs)
+
+    return guarded
 
 
 def recording(device):

@@ -17,7 +17,8 @@ def number_segments(segment_ids):
 
 def segment_starts(segment_ids):
     """Tensor: Boolean (B, L), True at the first token of every segment of ``segment_ids`` (B, L)."""
-    return F.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0), value=True)
+    starts = F.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0), value=True)
+    return starts[:, : segment_ids.shape[1]]
 
 
 def flat_segments(segment_ids):

@@ -18,8 +18,9 @@ from .segments import number_segments
 from .ssd_kernels import fla_ssd, native_ssd, triton_ssd
 from .ssd_torch import torch_ssd
 
-# Widest heads and states that one block of our kernels holds.
+# Widest heads and states that one block of our kernels holds, and rows times heads that a CUDA grid does.
 NATIVE_WIDTH = 128
+NATIVE_ROWS = 2**16 - 1
 
 
 def ssd(
@@ -51,8 +52,9 @@ def ssd(
             the segment of the first token.
         return_final_state (bool): Also return the state after the last token, in fp32.
         backend (str): ``torch``, ``native`` (our own Triton kernels), ``triton`` (mamba-ssm), ``fla``
-            (flash-linear-attention) or ``auto``: on CUDA the fastest of the installed kernels that agree with torch,
-            timed once for every size of call (see ``choice``), elsewhere torch. The environment variable XTUNER_EXT_SSD_BACKEND says what ``auto`` is.
+            (flash-linear-attention), ``tune`` or ``auto``: on CUDA the first of these kernels that is installed and
+            agrees with torch, with ``tune`` the fastest such, timed once for every size of call; elsewhere torch. The
+            environment variable XTUNER_EXT_SSD_BACKEND says what ``auto`` is.
 
     Returns:
         Tensor | tuple[Tensor, Tensor]: y of x's shape and dtype; with ``return_final_state`` also the
@@ -74,12 +76,14 @@ def ssd(
     refusals = {}
     if max(x.shape[3], B.shape[3]) > NATIVE_WIDTH:
         refusals["native"] = f"has heads and states of up to {NATIVE_WIDTH}, not {x.shape[3]} x {B.shape[3]}"
+    if x.shape[0] * x.shape[2] > NATIVE_ROWS:
+        refusals["native"] = f"takes up to {NATIVE_ROWS} rows times heads, not {x.shape[0]} x {x.shape[2]}"
     if segment_ids is not None and recording(x.device):
         refusals["fla"] = "counts the segments of packed rows, which cannot be recorded in a graph"
     call = SSD.choose(
         backend,
         x,
-        (x.shape[3], B.shape[3]),
+        (x.shape[3], B.shape[3], trains),
         _case(x, B, C, trains, segment_ids),
         refusals,
         lambda implementation: run_detached(implementation, tensors, options, trains),
@@ -95,8 +99,8 @@ def _case(x, B, C, trains, segment_ids):
 
 
 def _probe(implementation, device, dtype, kind):
-    """dict[str, Tensor]: Outputs and gradients of a scan of 256 tokens in several segments from a state."""
-    width, state_width = kind
+    """dict[str, Tensor]: Outputs, and where it trains gradients, of a scan of 256 tokens in segments from a state."""
+    width, state_width, trains = kind
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
@@ -111,9 +115,11 @@ def _probe(implementation, device, dtype, kind):
         dt_bias=normal(2) - 2,
         initial_state=normal(2, 2, width, state_width),
     )
-    tensors = {name: t.to(device).requires_grad_() for name, t in tensors.items()}
+    tensors = {name: t.to(device).requires_grad_(trains) for name, t in tensors.items()}
     ids = torch.tensor([[0] * 40 + [1] * 3 + [2] * 85, [0] * 100 + [1] * 28], device=device)
     y, state = implementation(**tensors, chunk_size=64, segment_ids=ids)
+    if not trains:
+        return {"y": y, "final state": state}
     loss = sum((t.float() * normal(*t.shape).to(device)).sum() for t in (y, state))
     names = [f"gradient of {name}" for name in tensors]
     return {"y": y, "final state": state, **dict(zip(names, torch.autograd.grad(loss, list(tensors.values()))))}

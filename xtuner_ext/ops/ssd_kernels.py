@@ -7,7 +7,7 @@ import importlib
 
 import torch
 
-from .choice import import_part
+from .choice import import_part, on_own_device
 from .segments import flat_segments
 from .ssd_torch import LOG2_E, STRONGEST_DECAY, time_steps
 
@@ -18,6 +18,7 @@ GRID_CHUNKS = 2**16 - 1
 FLA_CHUNK = 64
 
 
+@on_own_device
 def native_ssd(x, dt, A, B, C, *, dt_bias, chunk_size, segment_ids, initial_state):
     """Our own in Triton, whose blocks have their own size; arguments and results are those of ``torch_ssd``."""
     # Where there is no Triton, this module is imported all the same.

@@ -6,15 +6,27 @@ of either takes a minute for each combination of options, and of these four seco
 Axis letters: B batch, L length, H heads, G groups, P head width, N state width, Q chunk length. With ``c`` the sum of
 log-decays since the chunk's start, S the state that enters a chunk and ``[.]`` 1 within one segment:
 
-    from_start_i = exp(c_i) [i, previous]     to_end_j = delta_j exp(c_Q - c_j) [j, last]     keep = exp(c_Q) [last, previous]
+    from_start_i = exp(c_i) [i, previous]     to_end_j = delta_j exp(c_Q - c_j) [j, last]
+    keep = exp(c_Q) [last, previous]
     W_ij = exp(c_i - c_j) delta_j [i, j], j <= i
     y_i = sum_j (C_i . B_j) W_ij x_j + from_start_i S C_i
     S <- keep S + sum_j to_end_j x_j B_j^T
 """
 
 import torch
-import triton
-import triton.language as tl
+
+try:
+    # Of an exported folder's files transformers asks for every import that stands outside of a try block.
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("the Triton kernels of the SSD scan need the package triton") from error
+
+from .ssd_torch import LOG2_E, STRONGEST_DECAY
+
+# Bounds a token's log-decay as in the twin: a larger one would eat the digits of the sums.
+_STRONGEST = tl.constexpr(STRONGEST_DECAY / LOG2_E)
+
 
 @triton.jit
 def _softplus(z):
@@ -40,7 +52,8 @@ def _decays_kernel(
     if HAS_BIAS:
         z += tl.load(bias + head).to(tl.float32)
     step = _softplus(z)
-    total = tl.cumsum(tl.minimum(step * tl.load(A + head).to(tl.float32), 0.0), 0)
+    decay = tl.maximum(tl.minimum(step * tl.load(A + head).to(tl.float32), 0.0), _STRONGEST)
+    total = tl.cumsum(decay, 0)
     last = tl.sum(tl.where(inside == Q - 1, total, 0.0), 0)
     start, end, kept = tl.exp(total), step * tl.exp(last - total), tl.exp(last)
     if HAS_SEGMENTS:
@@ -117,11 +130,14 @@ def _output_kernel(
     real, wide, deep = token[:, None] < length, p[None, :] < P, n[None, :] < N
     at = row * chunks * Q + token
     total, step = tl.load(cumulated + at), tl.load(delta + at)
-    b = tl.load(B + batch * B_b + (head // B_share) * B_h + token[:, None] * B_l + n[None, :], mask=real & deep, other=0.0)
-    c = tl.load(C + batch * C_b + (head // C_share) * C_h + token[:, None] * C_l + n[None, :], mask=real & deep, other=0.0)
+    at_b = B + batch * B_b + (head // B_share) * B_h + token[:, None] * B_l + n[None, :]
+    b = tl.load(at_b, mask=real & deep, other=0.0)
+    at_c = C + batch * C_b + (head // C_share) * C_h + token[:, None] * C_l + n[None, :]
+    c = tl.load(at_c, mask=real & deep, other=0.0)
     v = tl.load(x + batch * x_b + head * x_h + token[:, None] * x_l + p[None, :], mask=real & wide, other=0.0)
     # 1. What the carried state adds.
-    s = tl.load(states + (row * chunks + chunk) * P * N + p[None, :] * N + n[:, None], mask=wide & (n[:, None] < N), other=0.0)
+    matrix = states + (row * chunks + chunk) * P * N + p[None, :] * N + n[:, None]
+    s = tl.load(matrix, mask=wide & (n[:, None] < N), other=0.0)
     out = tl.dot(c, s, input_precision=PRECISION) * tl.load(from_start + at)[:, None]
     # 2. Inside the chunk; masked before exp, which overflows above the diagonal.
     visible = inside[:, None] >= inside[None, :]
@@ -131,7 +147,8 @@ def _output_kernel(
     weight = tl.exp(tl.where(visible, total[:, None] - total[None, :], float("-inf"))) * step[None, :]
     scores = tl.dot(c, tl.trans(b), input_precision=PRECISION) * weight
     out += tl.dot(scores.to(v.dtype), v, input_precision=PRECISION)
-    tl.store(y + batch * y_b + head * y_h + token[:, None] * y_l + p[None, :], out.to(y.dtype.element_ty), mask=real & wide)
+    at = y + batch * y_b + head * y_h + token[:, None] * y_l + p[None, :]
+    tl.store(at, out.to(y.dtype.element_ty), mask=real & wide)
 
 
 @triton.jit
@@ -152,8 +169,10 @@ def _gradient_kernel(
     at = row * chunks * Q + token
     total, step = tl.load(cumulated + at), tl.load(delta + at)
     start, end = tl.load(from_start + at), tl.load(to_end + at)
-    b = tl.load(B + batch * B_b + (head // B_share) * B_h + token[:, None] * B_l + n[None, :], mask=real & deep, other=0.0)
-    c = tl.load(C + batch * C_b + (head // C_share) * C_h + token[:, None] * C_l + n[None, :], mask=real & deep, other=0.0)
+    at_b = B + batch * B_b + (head // B_share) * B_h + token[:, None] * B_l + n[None, :]
+    b = tl.load(at_b, mask=real & deep, other=0.0)
+    at_c = C + batch * C_b + (head // C_share) * C_h + token[:, None] * C_l + n[None, :]
+    c = tl.load(at_c, mask=real & deep, other=0.0)
     v = tl.load(x + batch * x_b + head * x_h + token[:, None] * x_l + p[None, :], mask=real & wide, other=0.0)
     g = tl.load(dy + batch * dy_b + head * dy_h + token[:, None] * dy_l + p[None, :], mask=real & wide, other=0.0)
     visible = inside[:, None] >= inside[None, :]
@@ -261,7 +280,8 @@ class _TritonSSD(torch.autograd.Function):
         dB, dC = (torch.empty(*x.shape[:3], shape.N, dtype=t.dtype, device=x.device) for t in (B, C))
         ddelta, dcumulated = torch.empty_like(decays["delta"]), torch.empty_like(decays["delta"])
         _gradient_kernel[shape.grid](
-            *(x, B, C, dy, decays["delta"], decays["cumulated"], decays["from_start"], decays["to_end"], decays["keep"]),
+            *(x, B, C, dy),
+            *(decays[name] for name in ("delta", "cumulated", "from_start", "to_end", "keep")),
             *(segments, states, dstates, dx, dB, dC, ddelta, dcumulated),
             *(*shape.sizes, shape.P, shape.N, *x.stride()[:3], *shape.grouped(B), *shape.grouped(C), *dy.stride()[:3]),
             HAS_SEGMENTS=segments is not None,
@@ -358,8 +378,11 @@ def native_ssd(x, dt, A, B, C, *, dt_bias=None, segment_ids=None, initial_state=
         tuple[Tensor, Tensor]: y and the final state in fp32.
     """
     x, B, C = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, B, C))
+    A, dt_bias = A.contiguous(), None if dt_bias is None else dt_bias.contiguous()
     segment_ids = None if segment_ids is None else segment_ids.to(torch.int32).contiguous()
     if chunk_size is None:
         # Longer chunks write fewer states; their gradients no longer fit the registers.
-        chunk_size = 64 if torch.is_grad_enabled() else 128
+        given = (x, dt, A, B, C, dt_bias, initial_state)
+        trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+        chunk_size = 64 if trains else 128
     return _TritonSSD.apply(x, dt, A, B, C, dt_bias, segment_ids, initial_state, chunk_size)

@@ -63,7 +63,7 @@ def _torch_step(x, dt, A, B, C, dt_bias, state):
         state.mul_(torch.exp(delta * A)[..., None, None])
         state.addcmul_((delta[..., None] * x.float())[..., None], B[:, :, None])
         # A row times a matrix: a matrix times a column is the same numbers at a tenth of the speed on a CPU.
-        y = torch.bmm(C.reshape(batch * heads, 1, -1), state.view(batch * heads, width, -1).mT)
+        y = torch.bmm(C.flatten(0, 1)[:, None], state.flatten(0, 1).mT)
     return y.view(batch, heads, width).to(x.dtype)
 
 

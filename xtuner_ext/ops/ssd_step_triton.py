@@ -5,6 +5,8 @@ Axis letters: B batch, H heads, G groups, P head width, N state width.
 
 import torch
 
+from .choice import on_own_device
+
 try:
     import triton
     import triton.language as tl
@@ -16,6 +18,7 @@ except ImportError:
 TILE = 4096
 
 
+@on_own_device
 def triton_step(x, dt, A, B, C, dt_bias, state):
     """Advance the recurrence by one token.
 

@@ -122,7 +122,7 @@ def _backward_chunk(chunks, c, before, dy, dstate, gradients):
 def _reads(chunks, C, dC, dcarried, before):
     """Tensor: What every token's loss owes to the state before the chunk, (B, H, Q) in fp32."""
     if chunks.shared == 1:
-        return chunks.multiply("read", C, dC).sum(-1, dtype=torch.float32).view(chunks.batch, chunks.heads, -1)
+        return chunks.multiply("read", C, dC).sum(-1, dtype=torch.float32).unflatten(0, (chunks.batch, chunks.heads))
     carried = chunks.product("read", C, before.mT).mul_(dcarried)
     return chunks.token_major(carried).sum(-1, dtype=torch.float32).transpose(1, 2)
 
@@ -186,11 +186,11 @@ class _Chunks:
         if t.shape[1] != self.pairs:
             t = t[:, :, None].expand(-1, -1, self.pairs // t.shape[1], -1, -1)
         # Contiguous, for products of strided bf16 matrices are copied every time.
-        return t.reshape(self.batch * self.pairs, -1, self.state_width).contiguous()
+        return t.flatten(0, -3).contiguous()
 
     def by_head(self, t, c):
         """Tensor: x's part in a chunk, (B H, Q, P)."""
-        return t[:, self.span(c)].transpose(1, 2).reshape(self.batch * self.heads, -1, self.width).contiguous()
+        return t[:, self.span(c)].transpose(1, 2).flatten(0, 1).contiguous()
 
     def scale(self, name, t, factor):
         """Tensor: Product of (B, Q, H, P) and (B, Q, H, 1) in x's dtype, as (B K, Q, R P)."""
@@ -297,7 +297,7 @@ class _Gradients:
     def store(self, out, value, c):
         """Keep a gradient (B K, Q, N) of B or C, summed over the pairs that read one group."""
         chunks, groups = self.chunks, out.shape[2]
-        value = value.view(chunks.batch, groups, chunks.pairs // groups, -1, chunks.state_width)
+        value = value.unflatten(0, (chunks.batch, groups, chunks.pairs // groups))
         value = value[:, :, 0] if value.shape[2] == 1 else value.sum(2)
         out[:, chunks.span(c)].copy_(value.transpose(1, 2))
 
