@@ -157,13 +157,14 @@ def replay(model, cache, input_ids, position_ids, attention_mask):
         # Kernels written in Triton are launched on the current device.
         with torch.cuda.device_of(input_ids):
             return graph.run(input_ids, position_ids, attention_mask)
-    except RuntimeError as error:
+    except Exception as error:
+        # Whatever a library or a kernel's compiler raises: the step itself needs no graph. A captured one may not fail.
         if graph.graph is not None:
             raise
         cache.graphs.clear()
         cache.cuda_graph = False
         _REFUSED.add(model)
-        refuse(f"the decoding step can not be captured as a CUDA graph ({str(error).splitlines()[0]})")
+        refuse(f"the decoding step can not be captured as a CUDA graph ({next(iter(str(error).splitlines()), type(error).__name__)})")
         return None
 
 
