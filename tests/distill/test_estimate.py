@@ -11,7 +11,8 @@ from xtuner.registry import BUILDER
 from tests.reference.hovle import hovle_config
 from xtuner_ext.cli import config_names
 from xtuner_ext.cli.config_options import load_config
-from xtuner_ext.distill.estimate import activation_bytes, autocast_dtype, build_structure, estimate_stage
+from xtuner_ext.distill.autocast import autocast_dtype
+from xtuner_ext.distill.estimate import activation_bytes, build_structure, estimate_stage
 
 TRAINABLE = {"stage1": 135_664_640, "stage2": 404_100_096, "stage3_linear": 404_100_096, "stage3_hybrid": 303_075_072}
 
