@@ -212,9 +212,10 @@ class TeacherCache:
                 # Samples that are too long were left out, as this run leaves them out.
                 length = dataset.count_tokens(source, line)
                 if length <= dataset.max_length:
+                    where = dataset.sources[source][1][line].where
                     raise UserError(
-                        f"teacher cache {self.folder} does not hold {dataset.sources[source][1][line].where} of {length} "
-                        f"tokens, it was made with max_length {self.manifest['max_length']} and {self.manifest['lines']} lines, this run has "
+                        f"teacher cache {self.folder} does not hold {where} of {length} tokens: it was made with "
+                        f"max_length {self.manifest['max_length']} and {self.manifest['lines']} lines, this run has "
                         f"max_length {dataset.max_length} and perhaps another repeat_time: make another cache"
                     )
 
