@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from xtuner.registry import BUILDER
@@ -239,3 +240,32 @@ def test_a_changed_image_count_does_not_go_unnoticed(config, tmp_path):
         batch["data"][key] = batch["data"][key][:, :-1]
     with pytest.raises(UserError, match="rows for a batch of .*: its data have changed since"):
         model(**batch)
+
+
+def test_samples_without_supervised_rows_may_end_a_shard(tmp_path):
+    row = [np.zeros((1, 2)), np.zeros((1, 2), np.int64), np.zeros(1)]
+    none = [column[:0] for column in row]
+    settings = {"vocab_size": 9, "top_k": 2, "dtype": "float16", "sources": [{"fingerprint": "a", "annotation": "a"}]}
+    writer = TeacherCacheWriter(tmp_path / "cache", settings)
+    writer.write_shard(0, [(0, 0, *none), (0, 1, *row), (0, 2, *none)])
+    writer.write_shard(1, [(0, 3, *none)])
+    writer.finish(2)
+    cache = TeacherCache(tmp_path / "cache")
+    for lines, count in (([0, 1, 2], 1), ([2], 0), ([3, 1], 1), ([3], 0)):
+        values, ids, rest = cache.targets([("a", line) for line in lines], "cpu")
+        assert (values.shape, ids.shape, rest.shape) == ((count, 2), (count, 2), (count,))
+        assert (values.dtype, ids.dtype, rest.dtype) == (torch.float32, torch.int64, torch.float32)
+
+
+def test_samples_that_were_too_long_for_the_cache_are_found_before_training(config, tmp_path, capsys):
+    _, dataset = build(config)
+    longest = sorted(dataset.count_tokens(*dataset.index[i]) for i in range(60))[30]
+    shorter = f"train_dataloader.dataset.max_length={longest}"
+    assert write(config, tmp_path / "cache", "--cfg-options", shorter) == 0
+    option = f"model.teacher_cache={tmp_path / 'cache'}"
+    model, dataset = build(config, option, shorter)
+    model.check_data(dataset)
+    argv = ["train", str(config), "--work-dir", str(tmp_path / "run"), "--cfg-options", option]
+    assert run(argv) == 2
+    assert f"it was made with max_length {longest} and 60 lines" in capsys.readouterr().err
+    assert not list((tmp_path / "run").glob("*.pth"))

@@ -68,6 +68,14 @@ def test_layers_that_the_config_lists_are_not_chosen(project, tmp_path, capsys):
     assert kept(tmp_path / "all" / "export_hybrid" / "config.json") == [2]
 
 
+@pytest.mark.parametrize("variable", ["NODE_RANK", "PORT"])
+def test_variables_that_are_no_numbers_are_named(project, tmp_path, monkeypatch, capsys, variable):
+    write_hybrid(project, "elsewhere/layers.json")
+    monkeypatch.setenv(variable, "first")
+    assert run(project, tmp_path / "all") == 2
+    assert f"{variable} is first, a number is expected" in capsys.readouterr().err
+
+
 def test_of_several_machines_the_first_does_all_but_the_training(project, tmp_path, monkeypatch, capsys):
     write_hybrid(project, "elsewhere/layers.json")
     base, environments = tmp_path / "all", []

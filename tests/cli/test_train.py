@@ -215,6 +215,13 @@ def test_processes_that_prepare_the_same_data_take_turns(toy):
     assert order == ["begin", "end"] * 3
 
 
+def test_finished_data_may_lie_where_nothing_can_be_written(toy):
+    config, calls = load_config("toy.py"), []
+    config._cfg_dict["prepare_data"] = {"type": lambda out: calls.append(out), "out": "/proc/prepared"}
+    train.prepare_data(config)
+    assert calls == ["/proc/prepared"]
+
+
 def test_a_step_without_a_result_of_its_own_is_for_the_first_process(toy, monkeypatch):
     config, calls = load_config("toy.py"), []
     config._cfg_dict["prepare_data"] = {"type": lambda size: calls.append(size), "size": 1}

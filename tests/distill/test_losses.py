@@ -227,3 +227,10 @@ def test_under_autocast_gradients_come_back_in_the_weights_precision_and_equal_t
     for ours, theirs in zip(torch.autograd.grad(total, (hidden, head)), torch.autograd.grad(full, (hidden, head))):
         assert ours.dtype == theirs.dtype == torch.float32
         assert (ours - theirs).norm() < 0.01 * theirs.norm()
+
+
+def test_a_scale_of_zero_gives_zero_and_zero_gradients():
+    hidden, head = torch.randn(4, 8, requires_grad=True), torch.randn(11, 8)
+    total, _ = chunked_divergence(hidden, head, torch.randn(4, 8), head, scale=0.0)
+    total.backward()
+    assert total == 0 and not hidden.grad.any()

@@ -114,6 +114,17 @@ def test_no_supervised_rows_give_zero_and_zero_gradients():
     assert total == 0 and agreed == 0 and gradients[0].shape == (0, 8) and not gradients[1].any()
 
 
+@pytest.mark.gpu
+def test_targets_on_cuda_are_those_of_unrounded_logits():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    hidden, head = torch.randn(32, 64, device="cuda").bfloat16(), torch.randn(512, 64, device="cuda").bfloat16()
+    with torch.autocast("cuda", torch.bfloat16):
+        values, ids, _ = top_k_targets(hidden, head, 16)
+    expected = F.log_softmax(hidden.double() @ head.double().T, -1).gather(-1, ids)
+    torch.testing.assert_close(values.double(), expected, rtol=0, atol=1e-3)
+
+
 def test_under_autocast_gradients_come_back_in_the_weights_precision(tensors):
     hidden, head, target, target_head = tensors
     with torch.autocast("cpu", dtype=torch.bfloat16):

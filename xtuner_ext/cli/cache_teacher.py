@@ -27,7 +27,9 @@ def parse_args(argv):
     )
     parser.add_argument("--batch-size", type=int, default=16, help="samples per forward pass (default: %(default)s)")
     parser.add_argument("--shard-samples", type=int, default=4096, help="samples per file (default: %(default)s)")
-    parser.add_argument("--cfg-options", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+    parser.add_argument(
+        "--cfg-options", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="changes of the config"
+    )
     parser.add_argument("--json", action="store_true", help="print what was written as JSON")
     return parser.parse_args(argv)
 
@@ -73,6 +75,7 @@ def cache_teacher(config, out, top_k=64, dtype="float16", batch_size=16, shard_s
     from xtuner.registry import BUILDER
 
     from ..data.dataset import samples_config
+    from ..distill.autocast import autocast_dtype
     from ..distill.model import DIVERGENCE
     from ..distill.teacher_cache import TeacherCache, TeacherCacheWriter, cache_settings, distinct_samples
     from .progress import progress
@@ -89,14 +92,15 @@ def cache_teacher(config, out, top_k=64, dtype="float16", batch_size=16, shard_s
     teacher = BUILDER.build(config.model.llm).eval()
     divergence = {**DIVERGENCE, **(config.model.get("divergence") or {})}
     top_k = min(top_k, len(teacher.lm_head.weight))
-    precision = "bfloat16" if _is_mixed(config.optim_wrapper) else "as loaded"
+    dtype_of_run = autocast_dtype(config.optim_wrapper)
+    precision = str(dtype_of_run or "as loaded").removeprefix("torch.")
     settings = cache_settings(teacher, divergence, dataset, top_k, dtype, precision, shard_samples)
     writer = TeacherCacheWriter(out, settings)
     if writer.finished:
         return TeacherCache(out).manifest
     device = "cuda" if torch.cuda.is_available() else "cpu"
     teacher.to(device)
-    context = torch.autocast(device, torch.bfloat16) if _is_mixed(config.optim_wrapper) else contextlib.nullcontext()
+    context = contextlib.nullcontext() if dtype_of_run is None else torch.autocast(device, dtype_of_run)
     lines = distinct_samples(dataset)
     shards = -(-len(lines) // shard_samples)
     with progress("cache-teacher", len(lines)) as advance, torch.no_grad(), context:
@@ -108,12 +112,6 @@ def cache_teacher(config, out, top_k=64, dtype="float16", batch_size=16, shard_s
                 writer.write_shard(number, rows)
             advance(len(mine))
     return writer.finish(shards)
-
-
-def _is_mixed(optim_wrapper):
-    kind = optim_wrapper["type"]
-    name = kind if isinstance(kind, str) else kind.__name__
-    return name.rpartition(".")[2] in ("AmpOptimWrapper", "Bfloat16OptimWrapper")
 
 
 class _Encoded:

@@ -25,9 +25,7 @@ def parse_args(argv):
     parser.add_argument("--gpus", type=int, default=1, help="training processes (default: 1)")
     parser.add_argument("--memory", type=float, default=80.0, help="GiB of one GPU (default: 80)")
     parser.add_argument("--length", type=int, help="tokens of a row (default: the longest that the config lets pass)")
-    parser.add_argument(
-        "--no-kernels", action="store_true", help="without Triton, whose scans keep less"
-    )
+    parser.add_argument("--no-kernels", action="store_true", help="as on a CPU, without Triton, whose scans keep less")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
         "--cfg-options", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="changes of the config"

@@ -58,7 +58,7 @@ def main(argv):
         # Days of training should not end at a missing file.
         read_meta(configs["stage1"].eval_data)
     base = Path(args.work_dir or Path(configs["stage1"].work_dir).parent)
-    first_machine = int(os.environ.get("NODE_RANK") or 0) == 0
+    first_machine = _number("NODE_RANK", 0) == 0
     if not first_machine:
         wait_until((base / "pipeline.json").is_file, SHARED_TIMEOUT, f"{base}/pipeline.json of the first machine")
     remember_options(base / "pipeline.json", args)
@@ -220,12 +220,19 @@ def train(config, work_dir, args, options, number):
     if options:
         command += ["--cfg-options", *options]
     environment = {**os.environ, "NPROC_PER_NODE": str(args.nproc)}
-    if "PORT" in environment:
+    if environment.get("PORT"):
         # One machine may begin a stage while another still closes the connections of the last.
-        environment["PORT"] = str(int(environment["PORT"]) + number)
+        environment["PORT"] = str(_number("PORT", 0) + number)
     if args.nproc > 1:
         environment.setdefault("OMP_NUM_THREADS", "1")
     return subprocess.call([sys.executable, *command], env=environment)
+
+
+def _number(variable, default):
+    value = os.environ.get(variable) or str(default)
+    if not value.isdecimal():
+        raise UserError(f"{variable} is {value}, a number is expected")
+    return int(value)
 
 
 def convert(config, work_dir, out):

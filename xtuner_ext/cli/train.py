@@ -147,13 +147,15 @@ def _prepare(step):
 
 @contextlib.contextmanager
 def _alone(path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(f".{path.name}.lock"), "w") as file:
+    with contextlib.ExitStack() as stack:
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(path.with_name(f".{path.name}.lock"), "w"))
             # Released by the system also when this process is killed.
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
-            # Then several may do the work; the first result to be complete is kept.
+            # Finished data may lie in a read-only folder. Else several may do the work; the first result to be
+            # complete is kept.
             logger.warning("%s lies where files cannot be locked (%s)", path, error)
         yield
 

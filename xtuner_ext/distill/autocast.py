@@ -21,3 +21,13 @@ class Bfloat16OptimWrapper(OptimWrapper):
         device = next(model.parameters()).device.type
         with super().optim_context(model), torch.autocast(device, dtype=torch.bfloat16):
             yield
+
+
+def autocast_dtype(wrapper):
+    """torch.dtype | None: In which an optimizer wrapper's config lets the model compute, None for its weights' own."""
+    kind = getattr(wrapper["type"], "__name__", str(wrapper["type"])).rpartition(".")[2]
+    if kind == "Bfloat16OptimWrapper":
+        return torch.bfloat16
+    if kind == "AmpOptimWrapper":
+        return getattr(torch, wrapper.get("dtype") or "float16")
+    return None

@@ -24,8 +24,9 @@ from ..convert.teacher import read_model_config, resolve_folder
 from ..data.dataset import samples_config
 from ..errors import UserError
 from ..ops.ssd import SSD
+from .autocast import autocast_dtype
 from .layer_selection import evenly_spaced
-from .losses import chunked_divergence
+from .losses import chunked_divergence, rows_per_chunk
 from .model import DistillModel
 
 ZERO_LEVELS = (0, 1, 2, 3)
@@ -115,16 +116,6 @@ def build_structure(config):
     return model
 
 
-def autocast_dtype(wrapper):
-    """torch.dtype | None: In which an optimizer wrapper's config lets the model compute, None for its weights' own."""
-    kind = getattr(wrapper["type"], "__name__", str(wrapper["type"])).rpartition(".")[2]
-    if kind == "Bfloat16OptimWrapper":
-        return torch.bfloat16
-    if kind == "AmpOptimWrapper":
-        return getattr(torch, wrapper.get("dtype") or "float16")
-    return None
-
-
 def activation_bytes(model, batch, length, autocast=None, kernels=True):
     """Bytes of everything that exists in a step besides weights, gradients and optimizer states.
 
@@ -149,7 +140,9 @@ def activation_bytes(model, batch, length, autocast=None, kernels=True):
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, scan, precision:
         hidden, context = tree_map_only(torch.Tensor, mode.from_tensor, (hidden, context))
         _leave_meta(model)
-        return (_aligned if model.stage < 3 else _end_to_end)(model, hidden, context)
+        if model.stage < 3:
+            return _aligned(model, hidden, context)
+        return _end_to_end(model, hidden, context, "cuda" if kernels else "cpu")
 
 
 def _leave_meta(model):
@@ -173,7 +166,7 @@ def _aligned(model, hidden, context):
     return {"total": total, "layer": count.peak}
 
 
-def _end_to_end(model, hidden, context):
+def _end_to_end(model, hidden, context, device):
     decoder, words = model.llm.model, model.student_config.layer_types
     kept, peaks = {}, {}
     for word in set(words):
@@ -192,6 +185,7 @@ def _end_to_end(model, hidden, context):
     chunk = _LiveBytes()
     with chunk:
         options = {key: model.divergence[key] for key in ("direction", "temperature", "chunk_rows")}
+        options["chunk_rows"] = options["chunk_rows"] or rows_per_chunk(heads[0], device)
         chunked_divergence(rows.detach().requires_grad_(), heads[0], rows, heads[1], **options)
     # Embeddings, both models' last hidden states before and after the norm.
     around = _bytes(_tensors(context)) + 6 * _bytes([hidden])

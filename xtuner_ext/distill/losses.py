@@ -138,9 +138,9 @@ def chunked_divergence(
     return _ChunkedDivergence.apply(*tensors, words, direction, temperature, chunk_rows, scale)
 
 
-def rows_per_chunk(head):
-    """int: Rows whose fp32 logits by an output embedding (V, D) take ``CHUNK_BYTES``."""
-    return max(1, CHUNK_BYTES.get(head.device.type, CHUNK_BYTES["cuda"]) // (4 * len(head)))
+def rows_per_chunk(head, device=None):
+    """int: Rows whose fp32 logits by an output embedding (V, D) take ``CHUNK_BYTES`` of its device or another."""
+    return max(1, CHUNK_BYTES.get(device or head.device.type, CHUNK_BYTES["cuda"]) // (4 * len(head)))
 
 
 def check_backend(backend, direction, temperature):
@@ -217,7 +217,7 @@ class HeadGradients:
         self.head_dtype = head.dtype
         # Powers of two round nothing. They keep gradients near 1, where fp16 has its digits, until the scale is known.
         self.lift = 256.0 if hidden.dtype == torch.float16 else 1.0
-        self.boost = 2.0 ** -math.floor(math.log2(scale))
+        self.boost = 2.0 ** (1 - math.frexp(scale)[1])
         self.factor = scale * self.boost * temperature
 
     def add(self, part, gradient, rows, head):

@@ -121,7 +121,10 @@ class DistillModel(HybridModel):
         for key in ("temperature", "chunk_rows"):
             if self.divergence[key] is not None and not self.divergence[key] > 0:
                 raise UserError(f"model.divergence.{key} is {self.divergence[key]}, expected more than 0")
-        _check_backend(self.divergence)
+        try:
+            check_backend(*(self.divergence[key] for key in ("backend", "direction", "temperature")))
+        except ValueError as error:
+            raise UserError(f"model.divergence: {error}") from error
         if stage < 3 and use_activation_checkpointing:
             raise UserError("model.use_activation_checkpointing is for stage 3: stages 1 and 2 keep one layer's activations")
         if stage < 3 and self.trainable == "projections" and not self.alignment["after_projection"]:
@@ -166,7 +169,10 @@ class DistillModel(HybridModel):
         return self._divergence_loss(input_ids, labels, pixel_values, inputs, keys)
 
     def check_data(self, dataset):
-        """Refuse training data that the teacher's cache does not hold; called before the first iteration.
+        """Refuse what would fail later; called before the first iteration.
+
+        Training data must be in the teacher's cache, and what ``divergence.backend`` needs must be there. Conversion
+        and estimates need neither.
 
         Args:
             dataset (Dataset): Of the run.
@@ -176,6 +182,8 @@ class DistillModel(HybridModel):
         """
         if self.teacher_cache is not None:
             self._cache.check_dataset(dataset)
+        elif self.divergence["backend"] in PACKAGES:
+            _check_machine(self.divergence["backend"])
 
     def describe(self):
         """dict: What a later stage needs to know to accept this one's checkpoint."""
@@ -455,17 +463,11 @@ def _count_samples(input_ids, attention_mask, segment_ids):
     return int((starts if attention_mask is None else starts & attention_mask.bool()).sum())
 
 
-def _check_backend(options):
-    backend = options["backend"]
-    try:
-        check_backend(backend, options["direction"], options["temperature"])
-    except ValueError as error:
-        raise UserError(f"model.divergence: {error}") from error
-    if backend in PACKAGES:
-        if importlib.util.find_spec(PACKAGES[backend]) is None:
-            raise UserError(f"model.divergence.backend is {backend!r}, whose package {PACKAGES[backend]} is not installed")
-        if not torch.cuda.is_available():
-            raise UserError(f"model.divergence.backend is {backend!r}, which needs a CUDA device and none is there")
+def _check_machine(backend):
+    if importlib.util.find_spec(PACKAGES[backend]) is None:
+        raise UserError(f"model.divergence.backend is {backend!r}, whose package {PACKAGES[backend]} is not installed")
+    if not torch.cuda.is_available():
+        raise UserError(f"model.divergence.backend is {backend!r}, which needs a CUDA device and none is there")
 
 
 def _options(name, defaults, given):

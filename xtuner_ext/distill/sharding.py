@@ -56,6 +56,8 @@ class FullyShardStrategy(DDPStrategy):
     def load_model_state_dict(self, state_dict, **_):
         """Give every process its part of whole weights."""
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        if unknown := sorted(set(state_dict) - set(parameters)):
+            raise UserError(f"the checkpoint has {len(unknown)} weights that the model does not, first {unknown[0]}")
         for name, value in state_dict.items():
             parameters[name].copy_(_part(value, parameters[name]))
 

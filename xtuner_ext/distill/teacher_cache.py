@@ -207,6 +207,17 @@ class TeacherCache:
                 f"teacher cache {self.folder} holds {nearest['annotation']} with {was}, this run reads "
                 f"{entry.annotation} with {expected}: make another cache"
             )
+        for source, line in np.unique(dataset.index, axis=0).tolist():
+            if self._position(dataset.fingerprints[source], line) is None:
+                # Samples that are too long were left out, as this run leaves them out.
+                length = dataset.count_tokens(source, line)
+                if length <= dataset.max_length:
+                    where = dataset.sources[source][1][line].where
+                    raise UserError(
+                        f"teacher cache {self.folder} does not hold {where} of {length} tokens: it was made with "
+                        f"max_length {self.manifest['max_length']} and {self.manifest['lines']} lines, this run has "
+                        f"max_length {dataset.max_length} and perhaps another repeat_time: make another cache"
+                    )
 
     def targets(self, keys, device):
         """Look samples up.
@@ -230,17 +241,24 @@ class TeacherCache:
             torch.from_numpy(rest).to(device),
         )
 
-    def _rows(self, name, line):
+    def _position(self, name, line):
         part = self._range.get(name, slice(0, 0))
         position = part.start + np.searchsorted(self._line[part], line)
-        if position >= part.stop or self._line[position] != line:
+        return position if position < part.stop and self._line[position] == line else None
+
+    def _rows(self, name, line):
+        position = self._position(name, line)
+        if position is None:
             raise UserError(
                 f"teacher cache {self.folder} does not hold sample {line} of the data with fingerprint {name}: make "
                 "the cache with this run's data, repeat_time and max_length"
             )
-        file = self._open(int(self._shard_of[position]))
-        rows = slice(int(self._start[position]), int(self._end[position]))
-        return tuple(file.get_slice(column)[rows] for column in ("values", "ids", "rest"))
+        slices = [self._open(int(self._shard_of[position])).get_slice(name) for name in ("values", "ids", "rest")]
+        start, end = int(self._start[position]), int(self._end[position])
+        if start == end:
+            # safetensors refuses an empty slice at the end of a file.
+            return tuple(np.zeros((0, *part.get_shape()[1:]), np.float32) for part in slices)
+        return tuple(part[start:end] for part in slices)
 
 
 def cache_settings(teacher, divergence, dataset, top_k, dtype, precision, shard_samples):

@@ -30,7 +30,12 @@ def top_k_targets(hidden, head, k, temperature=1.0):
         tuple[Tensor, Tensor, Tensor]: Log-probabilities (R, K), the likeliest first; their token ids (R, K); and the
         log-probability of all other tokens together (R,), -1e4 where there is none. In fp32.
     """
-    log_probs = F.log_softmax((hidden @ head.T).float() / temperature, dim=-1)
+    hidden, head = _autocast(hidden, head)
+    logits = hidden.new_empty(len(hidden), len(head), dtype=torch.float32)
+    # The product states its precision.
+    with torch.autocast(hidden.device.type, enabled=False):
+        product(hidden, head.T, out=logits)
+    log_probs = F.log_softmax(logits.div_(temperature), dim=-1)
     values, ids = log_probs.topk(k, dim=-1)
     # Not 1 minus the sum of the others, which would be rounding errors where the teacher is sure.
     rest = log_probs.scatter_(-1, ids, -torch.inf).logsumexp(-1)
@@ -69,15 +74,19 @@ def top_k_divergence(
         ValueError: For another direction.
     """
     check_backend("torch", direction, temperature)
-    device = student_hidden.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        student_hidden, student_head = student_hidden.to(dtype), student_head.to(dtype)
+    student_hidden, student_head = _autocast(student_hidden, student_head)
     if chunk_rows is None:
         chunk_rows = rows_per_chunk(student_head)
     return _TopKDivergence.apply(
         student_hidden, student_head, values, ids, rest, direction, temperature, chunk_rows, scale
     )
+
+
+def _autocast(*tensors):
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
 
 
 class _TopKDivergence(torch.autograd.Function):
