@@ -101,11 +101,11 @@ def draw_memory(rows):
 
 
 def draw_depth(rows):
-    """Figure: Bytes of a training step against the number of layers, a line per variant."""
+    """Figure: Peak bytes of a training step against the number of layers, a line per variant."""
     figure, axes = _axes("Memory of an alignment step", "layers", "MiB")
     ends = []
     for variant, colour in zip(dict.fromkeys(row["variant"] for row in rows), CYCLE):
-        sizes = sorted((row["layers"], row["bytes"] / 2**20) for row in rows if row["variant"] == variant)
+        sizes = sorted((row["layers"], row["peak_bytes"] / 2**20) for row in rows if row["variant"] == variant)
         axes.plot(*zip(*sizes), color=colour, marker="o", markersize=4)
         ends.append((sizes[-1][1], variant, colour))
     axes.set_ylim(bottom=0)

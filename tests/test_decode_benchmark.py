@@ -60,7 +60,7 @@ def test_misses_are_reported_as_misses(rows):
 
 
 def test_figures_are_drawn_from_rows_alone(rows, tmp_path, monkeypatch):
-    step = [{"layers": n, "variant": v, "bytes": n * 2**20} for v in ("together", "apart") for n in (2, 8)]
+    step = [{"layers": n, "variant": v, "peak_bytes": n * 2**20} for v in ("together", "apart") for n in (2, 8)]
     for name, values in (("decode", rows), ("step", step)):
         (tmp_path / name).write_text(json.dumps(values))
     drawn = []
