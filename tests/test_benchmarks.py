@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import ablation  # noqa: E402
 import kl  # noqa: E402
 import ssd as ssd_benchmark  # noqa: E402
+import stages  # noqa: E402
 import step  # noqa: E402
 import training  # noqa: E402
 
@@ -166,3 +167,15 @@ def test_what_the_scan_is_timed_against_does_the_same():
 )
 def test_a_claim_holds_on_its_side_of_the_bar(value, larger, holds):
     assert ssd_benchmark.claim("name", value, 3.0, larger)["holds"] is holds
+
+
+def test_every_stage_is_timed(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["stages.py", "--shape", "tiny", "--length", "16", "--batch", "1", "--repeats", "1"])
+    local = stages.distill_model.local_backward
+    try:
+        stages.main()
+    finally:
+        stages.distill_model.local_backward = local
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    assert [row.split(" | ")[0].strip("| ") for row in rows] == [name for name, *_ in stages.CASES]
+    assert all(float(row.split(" | ")[2].replace(",", "")) > 0 for row in rows)
