@@ -115,7 +115,7 @@ class DistillModel(HybridModel):
                 raise UserError(f"model.divergence.{key} is {self.divergence[key]}, expected more than 0")
         _check_backend(self.divergence)
         if stage < 3 and use_activation_checkpointing:
-            raise UserError("model.use_activation_checkpointing is for stage 3: stages 1 and 2 keep one layer's activations")
+            raise UserError("model.use_activation_checkpointing is for stage 3, others keep one layer's activations")
         if stage < 3 and self.trainable == "projections" and not self.alignment["after_projection"]:
             raise UserError("model.trainable 'projections' needs alignment.after_projection=True before stage 3")
         self.teacher_fingerprint = fingerprint(self.llm)
@@ -248,7 +248,9 @@ class DistillModel(HybridModel):
     def _alignment_loss(self, input_ids, pixel_values, inputs):
         device = input_ids.device.type
         if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
-            raise UserError("optim_wrapper.dtype is float16, expected bfloat16: stage 1 and 2 gradients precede loss scaling")
+            raise UserError(
+                f"optim_wrapper.dtype is float16, expected bfloat16: stage {self.stage} takes gradients before scaling"
+            )
         decoder, normalise = self.llm.model, self.alignment["normalise"]
         weight = self.alignment["scale"] / len(decoder.layers)
         # Attention's masks too, also after a measurement of the student.
@@ -378,9 +380,9 @@ def _check_backend(options):
         raise UserError(f"model.divergence: {error}") from error
     if backend in PACKAGES:
         if importlib.util.find_spec(PACKAGES[backend]) is None:
-            raise UserError(f"model.divergence.backend is {backend!r}, whose package {PACKAGES[backend]} is not installed")
+            raise UserError(f"model.divergence.backend {backend!r} needs {PACKAGES[backend]}, which is not installed")
         if not torch.cuda.is_available():
-            raise UserError(f"model.divergence.backend is {backend!r}, which needs a CUDA device and none is there")
+            raise UserError(f"model.divergence.backend {backend!r} needs a CUDA device, and none is there")
 
 
 def _options(name, defaults, given):
