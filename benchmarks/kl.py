@@ -2,10 +2,11 @@
 
 "Full logits" is what mmMamba's stage 3 does, with a mask added: both models' logits of all tokens, softmax and
 log-softmax in fp32, their product, and one backward pass. Ours is chunked_divergence over the supervised tokens.
-Peak memory is what a fresh process grows by (on CUDA: what torch allocates); times are the best of interleaved
-repetitions, in processor seconds of one thread (on CUDA: seconds), and proportional to the tokens, of which a CPU gets
-fewer. "Error" is the gradients' distance from full logits' in fp64, on 96 tokens: in fp32
-the products and the sums over a large vocabulary round by some 1e-6, and two orders of summing differ by as much. Liger's and fla's fused losses join in on CUDA.
+Peak memory is what a fresh process needs more (on CUDA: what torch allocates); times are the best of interleaved
+repetitions, in processor seconds of one thread (on CUDA: seconds), and proportional to the tokens, of which a CPU
+gets fewer. "Error" is the gradients' distance from full logits' in fp64, on 96 tokens: in fp32 the products and the
+sums over a large vocabulary round by some 1e-6, and two orders of summing differ by as much. Liger's and fla's fused
+losses join in on CUDA.
 """
 
 import argparse
@@ -70,7 +71,8 @@ def memory_of_step(args, name, share, train_head):
     """int: Bytes by which the peak grows in one step."""
     student, head, teacher, teacher_head, mask = inputs = make_inputs(args, args.tokens, share, train_head)
     # What libraries allocate once, for themselves.
-    step(LOSSES[name], (student[:8].detach().requires_grad_(), head, teacher[:8], teacher_head, torch.ones_like(mask[:8])))
+    few = student[:8].detach().requires_grad_(), head, teacher[:8], teacher_head, torch.ones_like(mask[:8])
+    step(LOSSES[name], few)
     return peak_growth(args.device, lambda: step(LOSSES[name], inputs))
 
 
@@ -82,7 +84,8 @@ def distance(ours, theirs):
 def compare(args, names, share, train_head):
     """dict[str, dict]: By loss, ``seconds``, ``bytes``, and gradients' ``difference`` beside full logits' and ``error``
     beside those of full logits in fp64."""
-    found, options = {name: {"seconds": float("inf")} for name in names}, ["--device", args.device, "--dtype", args.dtype]
+    found = {name: {"seconds": float("inf")} for name in names}
+    options = ["--device", args.device, "--dtype", args.dtype]
     for key in ("threads", "vocabulary", "tokens", "width"):
         options += [f"--{key}", getattr(args, key)]
     for name in names:
@@ -92,8 +95,9 @@ def compare(args, names, share, train_head):
         else:
             found[name]["bytes"] = in_fresh_process(__file__, *options, "--memory-of", name, share, int(train_head))
     inputs = make_inputs(args, args.timed_tokens, share, train_head)
-    few = make_inputs(args, EXACT_TOKENS, share, train_head)
-    double = [t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t for t in few]
+    *few, mask = make_inputs(args, EXACT_TOKENS, share, train_head)
+    double = [*(tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in few), mask]
+    few = [*few, mask]
     truth, exact = step(full, inputs), step(full, double)
     for name in names:
         found[name]["difference"] = distance(step(LOSSES[name], inputs), truth)
@@ -148,7 +152,8 @@ def main():
         for name, row in found.items():
             numbers = f"{row['bytes'] / MIB:,.0f} | {row['bytes'] / whole['bytes']:.3f} | {row['seconds']:.3g}"
             speed = f"{row['seconds'] / whole['seconds']:.2f} | {args.timed_tokens / row['seconds']:,.0f}"
-            print(f"| {case} | {name} | {numbers} | {speed} | {row['difference']:.1e} | {row['error']:.1e} |", flush=True)
+            rounding = f"{row['difference']:.1e} | {row['error']:.1e}"
+            print(f"| {case} | {name} | {numbers} | {speed} | {rounding} |", flush=True)
     sizes = f"{args.tokens:,} tokens (for time {args.timed_tokens:,}) of width {args.width:,}"
     print(f"\n{sizes}, vocabulary {args.vocabulary:,}, {args.dtype}; {machine()}")
     if args.json:

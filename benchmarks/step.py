@@ -1,11 +1,11 @@
-"""python benchmarks/step.py: a step of stage 1 (or 2) on SmolLM2's shape, beside keeping all graphs and beside mmMamba's.
+"""python benchmarks/step.py: a step of stage 1 or 2 on SmolLM2's shape, beside kept graphs and beside mmMamba's way.
 
 "Local" is ours: every layer's backward pass runs inside the forward pass. "Kept" is the same with all layers' graphs
 kept until one backward pass. "Reference" is mmMamba's formulation with our classes: graphs kept, eager attention with
-an L x L mask, and the language head on all tokens, whose logits no loss reads. Weights are random, the mixer is mmMamba's.
-Peak memory is what a fresh process grows by in one step, gradients included (on CUDA: what torch allocates); saved
-bytes are those that autograd holds at the most, gradients and weights left out. The claim is about the former. Times are the best of interleaved repetitions,
-in processor seconds of one thread (on CUDA: seconds).
+an L x L mask, and the language head on all tokens, whose logits no loss reads. Weights are random, the mixer is
+mmMamba's. Peak memory is what a fresh process needs more in one step, gradients included (on CUDA: what torch
+allocates); saved bytes are those that autograd holds at the most, gradients and weights left out. The claim is about
+the former. Times are the best of interleaved repetitions, in processor seconds of one thread (on CUDA: seconds).
 """
 
 import argparse
@@ -141,7 +141,8 @@ def times(args, variants, layers, length, repeat, head):
         step(model, ids[:, :64], variant)
     for _ in range(repeat):
         for variant in variants:
-            best[variant] = min(best[variant], seconds(args.device, lambda v=variant: step(model, ids, v, head)))
+            taken = seconds(args.device, lambda variant=variant: step(model, ids, variant, head))
+            best[variant] = min(best[variant], taken)
     return best
 
 
@@ -151,12 +152,12 @@ def main():
     parser.add_argument("--stage", type=int, choices=[1, 2], default=1)
     parser.add_argument("--length", type=int, default=2048, help="tokens of the one row")
     parser.add_argument("--long", type=int, default=8192, help="tokens of the longer row; 0 leaves it out")
-    parser.add_argument("--long-layers", type=int, help="layers on the longer row; 5 on a CPU, for its memory, else 30")
+    parser.add_argument("--long-layers", type=int, help="its layers; 5 on a CPU, for its memory, else 30")
     parser.add_argument("--depths", type=int, nargs="+", default=[5, 10, 20, LAYERS], help="layers of the memory rows")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of frozen weights and products")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of products")
     parser.add_argument("--rows", help="file for memory against depth, as a JSON list")
     parser.add_argument("--json", action="store_true", help="end with one line of claims as JSON")
     parser.add_argument("--memory-of", nargs=3, metavar=("VARIANT", "LAYERS", "LENGTH"), help=argparse.SUPPRESS)
@@ -169,7 +170,8 @@ def main():
     memory = [row for layers in args.depths for row in memory_rows(args, layers)]
     print("| layers | backward | peak MiB | saved MiB |\n|---:|---|---:|---:|")
     for row in memory:
-        print(f"| {row['layers']} | {row['variant']} | {row['peak_bytes'] / MIB:,.0f} | {row['saved_bytes'] / MIB:,.0f} |")
+        peak, saved = row["peak_bytes"] / MIB, row["saved_bytes"] / MIB
+        print(f"| {row['layers']} | {row['variant']} | {peak:,.0f} | {saved:,.0f} |")
     if args.rows:
         with open(args.rows, "w", encoding="utf-8") as file:
             json.dump(memory, file, indent=1)
@@ -209,12 +211,13 @@ def print_times(found, length, layers):
 def claims(args, memory, apart, short):
     """list[dict]: ``name``, ``value``, ``bar`` and ``holds`` of each claim."""
     deepest = {row["variant"]: row["peak_bytes"] for row in memory if row["layers"] == max(args.depths)}
-    where = f"stage {args.stage}, {args.length:,} tokens"
+    peak, where = deepest["local"] / deepest["kept"], f"stage {args.stage}, {args.length:,} tokens"
+    kept, reference = (short["local"] / short[name] for name in ("kept", "reference"))
     found = [
-        (f"peak memory of a step, local backward's of kept graphs', {where}", deepest["local"] / deepest["kept"], MEMORY_BAR),
+        (f"peak memory of a step, local backward's of kept graphs', {where}", peak, MEMORY_BAR),
         ("largest difference of gradients, local backward's from kept graphs'", apart, 0.0),
-        (f"time of a step, local backward's of kept graphs', {where}", short["local"] / short["kept"], KEPT_TIME_BAR),
-        (f"time of a step, ours of mmMamba's formulation, {where}", short["local"] / short["reference"], REFERENCE_TIME_BAR),
+        (f"time of a step, local backward's of kept graphs', {where}", kept, KEPT_TIME_BAR),
+        (f"time of a step, ours of mmMamba's formulation, {where}", reference, REFERENCE_TIME_BAR),
     ]
     return [{"name": name, "value": value, "bar": bar, "holds": value <= bar} for name, value, bar in found]
 

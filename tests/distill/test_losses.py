@@ -205,7 +205,8 @@ def test_every_backend_gives_the_same_on_cuda(backend, package, direction, tempe
     hidden, head, target = torch.randn(100, 256), 0.1 * torch.randn(1000, 256), torch.randn(100, 256)
     hidden, head, target = (tensor.to("cuda", dtype) for tensor in (hidden, head, target))
     right = [tensor.double().requires_grad_() for tensor in (hidden, head)]
-    full = logit_divergence(right[0] @ right[1].T, target.double() @ head.double().T, direction, temperature).sum() / 100
+    logits = right[0] @ right[1].T, target.double() @ head.double().T
+    full = logit_divergence(*logits, direction, temperature).sum() / 100
     leaves = [tensor.requires_grad_() for tensor in (hidden, head)]
     loss, _ = chunked_divergence(
         *leaves, target, head.detach().clone(), direction, temperature, chunk_rows=30, scale=1 / 100, backend=backend
