@@ -126,7 +126,7 @@ class DistillModel(HybridModel):
         except ValueError as error:
             raise UserError(f"model.divergence: {error}") from error
         if stage < 3 and use_activation_checkpointing:
-            raise UserError("model.use_activation_checkpointing is for stage 3: stages 1 and 2 keep one layer's activations")
+            raise UserError("model.use_activation_checkpointing is for stage 3, others keep one layer's activations")
         if stage < 3 and self.trainable == "projections" and not self.alignment["after_projection"]:
             raise UserError("model.trainable 'projections' needs alignment.after_projection=True before stage 3")
         if stage < 3 and teacher_cache is not None:
@@ -281,7 +281,9 @@ class DistillModel(HybridModel):
     def _alignment_loss(self, input_ids, pixel_values, inputs):
         device = input_ids.device.type
         if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
-            raise UserError("optim_wrapper.dtype is float16, expected bfloat16: stage 1 and 2 gradients precede loss scaling")
+            raise UserError(
+                f"optim_wrapper.dtype is float16, expected bfloat16: stage {self.stage} takes gradients before scaling"
+            )
         decoder = self.llm.model
         # Attention's masks too, also after a measurement of the student.
         self.llm.config.layer_types = ["full_attention"] * len(decoder.layers)
