@@ -30,13 +30,14 @@ class TokenCounter:
         template (Template): From :func:`~xtuner_ext.data.template_fit.fit_template`.
 
     Attributes:
+        lead (int): Tokens that the tokenizer puts in front of every sample.
         by_words (bool): Whether words are counted one by one.
     """
 
     def __init__(self, tokenizer, template):
         self.template = template
         self._tokenizer = _Direct(tokenizer) if tokenizer.is_fast else tokenizer
-        self._lead = len(encode_text(self._tokenizer, "")[0])
+        self.lead = len(encode_text(self._tokenizer, "")[0])
         self._repeated = len(self._ids(template.suffix))
         self._end = template.suffix if tokenizer.is_fast and _stands_alone(template.suffix, tokenizer) else None
         self._openings = _Counts(self._ids)
@@ -69,11 +70,11 @@ class TokenCounter:
     def _text_by_words(self, text, ended):
         first, *words = BREAK.split(text)
         trained = self._text_openings[first] + sum(map(self._text_words.__getitem__, words)) + ended
-        return self._lead + trained, trained
+        return self.lead + trained, trained
 
     def _by_words(self, turns, system, ended):
         """tuple[int, int] | None: Tokens and trained tokens; None where an answer merges with its question."""
-        template, total, trained = self.template, self._lead, 0
+        template, total, trained = self.template, self.lead, 0
         for number, (question, answer) in enumerate(turns):
             prompt = template.prompt(question, first=number == 0, system=system)
             if number:
