@@ -1,4 +1,4 @@
-"""xtuner-ext data make-digits OUT, make-text OUT: prepare data."""
+"""xtuner-ext data make-digits OUT, make-kinds OUT, make-text OUT: prepare data."""
 
 import argparse
 import sys
@@ -19,6 +19,19 @@ def parse_args(argv):
     digits.add_argument("--train", type=int, default=12000, help="training samples")
     digits.add_argument("--test", type=int, default=1200, help="held-out questions")
     digits.set_defaults(make=_digits)
+    kinds = verbs.add_parser(
+        "make-kinds",
+        help="text, one picture, several pictures and video in one JSONL",
+        description="Write pictures, videos, InternVL-style JSONL and one meta JSON per split, with questions that are "
+        "new to the digits teacher.",
+        epilog="example: xtuner-ext data make-kinds work_dirs/kinds/data --train 6000 --test 600",
+    )
+    kinds.add_argument("out", help="folder to create")
+    kinds.add_argument("--seed", type=int, default=0)
+    kinds.add_argument("--train", type=int, default=6000, help="training samples")
+    kinds.add_argument("--test", type=int, default=600, help="held-out questions")
+    kinds.add_argument("--known", type=float, default=0.3, metavar="SHARE", help="share of what the teacher knows")
+    kinds.set_defaults(make=_kinds)
     text = verbs.add_parser(
         "make-text",
         help="passages of documents and a teacher's answers",
@@ -63,6 +76,12 @@ def _digits(**arguments):
     from ..data.sources.digits import make_digits
 
     return make_digits(**arguments)
+
+
+def _kinds(**arguments):
+    from ..data.sources.kinds import make_kinds
+
+    return make_kinds(**arguments)
 
 
 def _text(**arguments):
