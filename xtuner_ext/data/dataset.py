@@ -2,6 +2,8 @@
 
 import contextlib
 import logging
+import struct
+import zlib
 
 import numpy as np
 import torch
@@ -9,12 +11,19 @@ from mmengine.logging import print_log
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ..errors import UserError
+from ..errors import BadSample, UserError
 from ..modeling.processing import IMAGE_PLACEHOLDER
 from .annotation import JsonlAnnotations, read_meta
 from .identity import describe_sources, fingerprint
 from .masking import encode_conversation, encode_text
 from .template_fit import fit_template
+
+
+# What Pillow's many decoders raise for broken files.
+UNREADABLE = (
+    *(OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError),
+    *(struct.error, zlib.error, Image.DecompressionBombError),
+)
 
 
 class ConversationDataset(Dataset):
@@ -122,7 +131,7 @@ class ConversationDataset(Dataset):
 
     def _tile_limit(self, record, source):
         if record.images and not self.processor.tokens_per_tile:
-            raise UserError(f"{record.where}: names an image, but the model has no image front end")
+            raise BadSample(f"{record.where}: names an image, but the model has no image front end", "no_images_allowed")
         return self.processor.tile_limit(len(record.images), self.sources[source][0].max_dynamic_patch)
 
     def _tokens(self, record, tile_counts):
@@ -170,7 +179,7 @@ def open_image(path, where):
         PIL.Image.Image: The decoded image.
 
     Raises:
-        UserError: When the file is missing or no image.
+        BadSample: When the file is missing or no image.
     """
     with _readable(path, where):
         image = Image.open(path)
@@ -183,9 +192,9 @@ def _readable(path, where):
     try:
         yield
     except FileNotFoundError as error:
-        raise UserError(f"{where}: image {path} does not exist") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{where}: {path} is not a readable image: {error}") from error
+        raise BadSample(f"{where}: image {path} does not exist", "missing_file") from error
+    except UNREADABLE as error:
+        raise BadSample(f"{where}: {path} is not a readable image: {error}", "unreadable_image") from error
 
 
 def _repeat(count, repeat_time, seed):
