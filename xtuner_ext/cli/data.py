@@ -1,4 +1,4 @@
-"""xtuner-ext data make-digits OUT, make-text OUT, check META.json, show META.json: prepare and look at data."""
+"""xtuner-ext data make-digits, make-kinds, make-text OUT; check, show META.json: prepare data and look at it."""
 
 import argparse
 import sys
@@ -21,6 +21,19 @@ def parse_args(argv):
     digits.add_argument("--train", type=int, default=12000, help="training samples")
     digits.add_argument("--test", type=int, default=1200, help="held-out questions")
     digits.set_defaults(run=_digits)
+    kinds = verbs.add_parser(
+        "make-kinds",
+        help="text, one picture, several pictures and video in one JSONL",
+        description="Write pictures, videos, InternVL-style JSONL and one meta JSON per split, with questions that are "
+        "new to the digits teacher.",
+        epilog="example: xtuner-ext data make-kinds work_dirs/kinds/data --train 6000 --test 600",
+    )
+    kinds.add_argument("out", help="folder to create")
+    kinds.add_argument("--seed", type=int, default=0)
+    kinds.add_argument("--train", type=int, default=6000, help="training samples")
+    kinds.add_argument("--test", type=int, default=600, help="held-out questions")
+    kinds.add_argument("--known", type=float, default=0.3, metavar="SHARE", help="share of what the teacher knows")
+    kinds.set_defaults(run=_kinds)
     text = verbs.add_parser(
         "make-text",
         help="passages of documents and a teacher's answers",
@@ -63,6 +76,12 @@ def _digits(args):
     from ..data.sources.digits import make_digits
 
     _name(make_digits(args.out, args.seed, args.train, args.test))
+
+
+def _kinds(args):
+    from ..data.sources.kinds import make_kinds
+
+    _name(make_kinds(args.out, args.seed, args.train, args.test, args.known))
 
 
 def _text(args):

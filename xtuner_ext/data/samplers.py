@@ -94,18 +94,21 @@ class LengthGroupedSampler(ResumableInfiniteSampler):
         seed (int, optional): Agreed over the processes when absent.
         cache_dir (str, optional): Folder that keeps the counted lengths, see
             :func:`~xtuner_ext.data.lengths.sample_lengths`.
+        total_batch_size (int, optional): Samples of one optimizer step, which then are of like length whatever number
+            of processes and iterations it takes; ``batch_size`` times the processes when absent.
 
     Raises:
         UserError: For a number below 1, or a dataset that does not tell the lengths of its samples.
     """
 
-    def __init__(self, dataset, batch_size, batches=50, seed=None, cache_dir=None):
+    def __init__(self, dataset, batch_size, batches=50, seed=None, cache_dir=None, total_batch_size=None):
         super().__init__(dataset, seed=seed)
-        for name, value in (("batch_size", batch_size), ("batches", batches)):
+        self.step = batch_size * self.world_size if total_batch_size is None else total_batch_size
+        for name, value in (("batch_size", batch_size), ("batches", batches), ("total_batch_size", self.step)):
             if value < 1:
                 raise UserError(f"LengthGroupedSampler.{name} is {value}, expected at least 1")
         # Processes take turns, so their batches of one step lie together.
-        self.step, self.batches = batch_size * self.world_size, batches
+        self.batches = batches
         self.lengths = torch.from_numpy(sample_lengths(dataset, cache_dir))
 
     def _order(self, epoch):
