@@ -13,12 +13,15 @@ import numpy as np
 from PIL import Image
 
 from ..errors import BadSample, UserError
+from ..modeling.processing import IMAGE_PLACEHOLDER
 from .annotation import _Files, _parse, read_meta
 from .counting import TokenCounter
 from .dataset import UNREADABLE, _repeat
 from .packing import first_fit_decreasing
-from .video import FrameSampling, count_frames
+from .video import FRAME_SUFFIXES, FrameSampling, count_frames
 
+# How files of these formats end; some programs write a few bytes more.
+ENDS, TAIL = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}, 64
 KINDS = ("text", "image", "images", "video")
 PIECE = 1 << 20  # bytes of lines that a process checks at a time
 KEPT = 50_000  # images whose tiles are remembered
@@ -143,6 +146,8 @@ class _Checker:
         self.frames, self.headers, self.seed = frames, headers, seed
         self.counter = TokenCounter(processor.tokenizer, template) if processor else None
         self.files = [_Files(entry.root) for entry in entries]
+        # Nothing merges with a visual token: one an image stands for all of them.
+        self.image = processor.expand(IMAGE_PLACEHOLDER, [1], 1) if processor and processor.tokens_per_tile else ""
         self.tiles = {}
 
     def check(self, source, offset, size, number, index):
@@ -204,7 +209,10 @@ class _Checker:
                 return fewest, fewest
             # As ConversationDataset draws them.
             rng = np.random.default_rng([self.seed, index])
-            count = count_frames(entry.root / video, where, self.frames, fields["clip"], rng)
+            path = entry.root / video
+            count = count_frames(path, where, self.frames, fields["clip"], rng)
+            if path.is_dir():
+                self._look_at_frames(path, where)
             return count, count
         for name in names:
             files.check(name, where)
@@ -213,20 +221,31 @@ class _Checker:
         limit = self.processor and self.processor.tile_limit(len(names), entry.max_dynamic_patch)
         return len(names), sum(self._tiles(os.path.join(files.root, name), where, limit) for name in names)
 
+    def _look_at_frames(self, folder, where):
+        for path in sorted(folder.iterdir()):
+            if path.suffix.lower() in FRAME_SUFFIXES and isinstance(found := self._known_tiles(str(path), 1), str):
+                message = f"{where}: {folder} is not a readable video: {path.name}: {found}"
+                raise BadSample(message, "unreadable_video")
+
     def _tiles(self, path, where, limit):
-        key = path, limit
-        if key not in self.tiles:
+        found = self._known_tiles(path, limit)
+        if isinstance(found, str):
+            raise BadSample(f"{where}: {path} is not a readable image: {found}", "unreadable_image")
+        return found
+
+    def _known_tiles(self, path, limit):
+        if (path, limit) not in self.tiles:
             if len(self.tiles) >= KEPT:
                 self.tiles.clear()
-            self.tiles[key] = self._read_header(path, limit)
-        if isinstance(self.tiles[key], str):
-            raise BadSample(f"{where}: {path} is not a readable image: {self.tiles[key]}", "unreadable_image")
-        return self.tiles[key]
+            self.tiles[path, limit] = self._read_header(path, limit)
+        return self.tiles[path, limit]
 
     def _read_header(self, path, limit):
         """int | str: Tiles, or why there are none."""
         try:
             with Image.open(path) as image:
+                if not _has_end(image):
+                    image.load()
                 return self.processor.tile_count(image, limit) if self.processor else 1
         except UNREADABLE as error:
             return str(error)
@@ -239,15 +258,21 @@ class _Checker:
                 raise BadSample(message, "format")
             return self.counter.count_text(fields["text"], ended)
         turns = fields["turns"]
-        if slots:
-            turns = [(self._expand(question, slots, fields["video"]), answer) for question, answer in turns]
-        return self.counter.count(turns, fields["system"], ended)
+        if fields["video"] is not None:
+            turns = [(self.frames.caption(question, slots), answer) for question, answer in turns]
+        return self.counter.count(turns, fields["system"], ended, [self.image] * slots)
 
-    def _expand(self, question, slots, video):
-        if video is not None:
-            question = self.frames.caption(question, slots)
-        # Nothing merges with a visual token: one an image stands for all of them.
-        return self.processor.expand(question, [1] * question.count("<image>"), 1)
+
+def _has_end(image):
+    """bool: Whether the end of an image's file says that it is whole; False where only decoding tells."""
+    mark = ENDS.get(image.format)
+    if mark is None:
+        return False
+    position = image.fp.tell()
+    image.fp.seek(-min(TAIL, image.fp.seek(0, os.SEEK_END)), os.SEEK_END)
+    found = mark in image.fp.read()
+    image.fp.seek(position)
+    return found
 
 
 class _Found:

@@ -4,14 +4,16 @@ import random
 import re
 from types import SimpleNamespace
 
+from ..modeling.processing import IMAGE_PLACEHOLDER
+from . import masking
 from .masking import encode_conversation, encode_text
 
 # Between two words no token of an ordinary tokenizer runs on, so that each can be counted alone. The classes leave out
 # what special tokens end with, as some swallow the space that follows.
 ENDS, STARTS = "A-Za-z0-9.,;:!?)'", "A-Za-z"
-BREAK = re.compile(f"(?<=[{ENDS}]) (?=[{STARTS}])")
+SPACE = re.compile(f"(?<=[{ENDS}]) (?=[{STARTS}])")
 TOKEN_RUNS_ON = re.compile(f"[{ENDS}][ Ġ▁]")
-TOKEN_HAS_BREAK = re.compile(f"(^|[{ENDS}]) ($|[{STARTS}])")
+TOKEN_HAS_SPACE = re.compile(f"(^|[{ENDS}]) ($|[{STARTS}])")
 # Stands before a word that is counted alone, as some tokenizers treat the start of a text otherwise.
 ANCHOR = "x"
 # Counts that are kept, and the longest text of one; a longer one hardly comes twice.
@@ -37,6 +39,8 @@ class TokenCounter:
     def __init__(self, tokenizer, template):
         self.template = template
         self._tokenizer = _Direct(tokenizer) if tokenizer.is_fast else tokenizer
+        self._control = masking._special_words(self._tokenizer, len(tokenizer))
+        self._control_starts = {token[0] for token in _special(tokenizer)} | {masking.BREAK}
         self.lead = len(encode_text(self._tokenizer, "")[0])
         self._repeated = len(self._ids(template.suffix))
         self._end = template.suffix if tokenizer.is_fast and _stands_alone(template.suffix, tokenizer) else None
@@ -47,20 +51,21 @@ class TokenCounter:
         self._text_words = _Counts(self._text_ids, ANCHOR, " ")
         self.by_words = tokenizer.is_fast and _words_stand_alone(tokenizer) and self._is_right(tokenizer)
 
-    def count(self, turns, system=None, ended=True):
+    def count(self, turns, system=None, ended=True, images=()):
         """Count a conversation.
 
         Args:
-            turns (list[tuple[str, str]]): Questions and answers, image tokens expanded.
+            turns (list[tuple[str, str]]): Questions and answers.
             system (str, optional): System message.
             ended (bool): Whether the last answer gets its suffix.
+            images (list[str]): What takes the place of each ``<image>``.
 
         Returns:
             tuple[int, int]: Tokens and trained tokens that
             :func:`~xtuner_ext.data.masking.encode_conversation` gives.
         """
-        counts = self._by_words(turns, system, ended) if self.by_words else None
-        return counts or _lengths(encode_conversation(self._tokenizer, self.template, turns, system, ended))
+        counts = self._by_words(turns, system, ended, images) if self.by_words else None
+        return counts or _lengths(encode_conversation(self._tokenizer, self.template, turns, system, ended, images))
 
     def count_text(self, text, ended=False):
         """tuple[int, int]: Tokens and trained tokens that :func:`~xtuner_ext.data.masking.encode_text` gives."""
@@ -68,14 +73,23 @@ class TokenCounter:
         return counts or _lengths(encode_text(self._tokenizer, text, ended))
 
     def _text_by_words(self, text, ended):
-        first, *words = BREAK.split(text)
+        first, *words = SPACE.split(text)
         trained = self._text_openings[first] + sum(map(self._text_words.__getitem__, words)) + ended
         return self.lead + trained, trained
 
-    def _by_words(self, turns, system, ended):
-        """tuple[int, int] | None: Tokens and trained tokens; None where an answer merges with its question."""
-        template, total, trained = self.template, self.lead, 0
+    def _by_words(self, turns, system, ended, images):
+        """tuple[int, int] | None: Tokens and trained tokens.
+
+        None where an answer merges with its question, or somebody's words look like a special token.
+        """
+        template, total, trained, images = self.template, self.lead, 0, iter(images)
+        if system and not self._is_ordinary(system):
+            return None
         for number, (question, answer) in enumerate(turns):
+            parts = question.split(IMAGE_PLACEHOLDER)
+            if not all(map(self._is_ordinary, parts)) or not self._is_ordinary(answer):
+                return None
+            question = parts[0] + "".join(next(images) + part for part in parts[1:])
             prompt = template.prompt(question, first=number == 0, system=system)
             if number:
                 # As in `masking`, which takes its tokens away again.
@@ -83,19 +97,24 @@ class TokenCounter:
             # 1. The question block but for its last word, with which the answer may merge.
             *parts, last = self._parts(prompt)
             first = self._after_end if parts else self._openings
-            *words, joint = BREAK.split(last)
+            *words, joint = SPACE.split(last)
             total += self._sum(parts, self._openings) + len(parts)
             if words:
                 total += first[words[0]] + self._sum_words(words[1:])
                 first = self._words
             # 2. That word with the answer.
             last, *parts = self._parts(joint + template.answer(answer, ended=ended or number < len(turns) - 1))
-            merged, *words = BREAK.split(last)
+            merged, *words = SPACE.split(last)
             if not first.opens(joint, merged):
                 return None
             tokens = first[merged] + self._sum_words(words) + self._sum(parts, self._after_end) + len(parts)
             total, trained = total + tokens, trained + tokens - first[joint]
         return total, trained
+
+    def _is_ordinary(self, text):
+        if any(start in text for start in self._control_starts):
+            return masking.BREAK not in text and not self._control.search(text)
+        return True
 
     def _parts(self, text):
         """list[str]: What stands between end tokens."""
@@ -104,7 +123,7 @@ class TokenCounter:
     def _sum(self, parts, first):
         total = 0
         for part in parts:
-            opening, *words = BREAK.split(part)
+            opening, *words = SPACE.split(part)
             total += first[opening] + self._sum_words(words)
             first = self._after_end
         return total
@@ -121,7 +140,7 @@ class TokenCounter:
     def _is_right(self, tokenizer):
         """Whether random samples are counted as ``masking`` tokenizes them."""
         generator, template = random.Random(0), self.template
-        pieces = [*PROBED, *PROBED, template.suffix, template.instruction, *tokenizer.all_special_tokens[:20]]
+        pieces = [*PROBED * 3, template.suffix, template.instruction, *tokenizer.all_special_tokens[:5]]
 
         def text():
             return "".join(generator.choices(pieces, k=generator.randint(0, 12)))
@@ -129,7 +148,7 @@ class TokenCounter:
         for _ in range(PROBES):
             turns = [(text(), text()) for _ in range(generator.randint(1, 3))]
             system, ended = generator.choice((None, None, "Be brief.", text())), generator.random() < 0.8
-            counts = self._by_words(turns, system, ended)
+            counts = self._by_words(turns, system, ended, ())
             right = _lengths(encode_conversation(tokenizer, template, turns, system, ended))
             if counts not in (None, right):
                 return False
@@ -142,13 +161,17 @@ def _lengths(encoded):
     return len(encoded[1]), int((encoded[1] >= 0).sum())
 
 
+def _special(tokenizer):
+    return [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+
+
 def _words_stand_alone(tokenizer):
     """Whether no token reaches over the space between two words."""
     if tokenizer.split_special_tokens or any(TOKEN_RUNS_ON.search(token) for token in tokenizer.get_vocab()):
         return False
     added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
     return not any(
-        TOKEN_HAS_BREAK.search(token.content)
+        TOKEN_HAS_SPACE.search(token.content)
         or token.lstrip and re.match(f"[{STARTS}]", token.content)
         or token.rstrip and re.search(f"[{ENDS}]$", token.content)
         for token in added
@@ -159,7 +182,7 @@ def _stands_alone(word, tokenizer):
     """Whether a special token is found wherever it is written, and changes nothing around it."""
     added = {token.content: token for token in tokenizer.backend_tokenizer.get_added_tokens_decoder().values()}
     token = added.pop(word, None)
-    if token is None or token.normalized or token.lstrip or token.rstrip or token.single_word or BREAK.search(word):
+    if token is None or token.normalized or token.lstrip or token.rstrip or token.single_word or SPACE.search(word):
         return False
     cuts = range(1, len(word))
     overlaps = tuple(word[:cut] for cut in cuts), tuple(word[cut:] for cut in cuts)
@@ -209,9 +232,12 @@ class _Direct:
     """A fast tokenizer as ``masking`` calls it, without what transformers does around every call."""
 
     def __init__(self, tokenizer):
-        self.eos_token_id = tokenizer.eos_token_id
-        self._backend = tokenizer.backend_tokenizer
+        self.eos_token_id, self.added_tokens_decoder = tokenizer.eos_token_id, tokenizer.added_tokens_decoder
+        self._backend, self._size = tokenizer.backend_tokenizer, len(tokenizer)
         self._split = tokenizer.split_special_tokens
+
+    def __len__(self):
+        return self._size
 
     def __call__(self, text, add_special_tokens=True, split_special_tokens=None):
         # The tokenizer itself sets these three again before it is used.
