@@ -307,10 +307,12 @@ def _parse(line, where, number):
 
 def _load(line, where):
     try:
-        item = json.loads(line.decode("utf-8-sig"))
+        item = json.loads(line.rstrip().decode("utf-8-sig"))
         if _SURROGATE.search(line):
             # Half a character: no tokenizer takes it, nor a file system.
             json.dumps(item, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        raise BadSample(f"{where}: malformed JSON: {error.msg} at character {error.pos + 1}", "json") from error
     except (ValueError, RecursionError) as error:
         raise BadSample(f"{where}: malformed JSON: {error}", "json") from error
     if not isinstance(item, dict) or not ("conversations" in item or "text" in item):
