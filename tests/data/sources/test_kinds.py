@@ -17,7 +17,7 @@ QUESTIONS = {
     "three numbers": r"Which is the (largest|smallest) of \d, \d and \d\?",
     "photograph": r"<image>\nWhich photograph: 0 astronaut, 1 cat, .*, 7 grass\?",
     "several pictures": r"Picture 1: <image>, Picture 2: <image>(, Picture 3: <image>)?"
-    r"\. What is the (sum of all|largest digit)\?",
+    r"\. What is the (sum of both|largest digit)\?",
     "video": r"<video>\n(Which digit moves\?|Does the digit move (right|left|down|up)\?)",
 }
 

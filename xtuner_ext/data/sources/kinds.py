@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ...errors import UserError
-from .digits import DIGIT, IMAGE_SIZE, QUESTIONS, compose, split_digits, text_question
+from .digits import CELL, DIGIT, IMAGE_SIZE, QUESTIONS, compose, split_digits, text_question
 from .folder import is_made, new_folder
 
 # Those that lie in scikit-image's wheel and differ at 32 pixels, by function of skimage.data.
@@ -131,9 +131,9 @@ class _Drawer:
         }
 
     def images(self):
-        values = self.rng.integers(0, 10, size=self.rng.integers(2, 4)).tolist()
-        places = ", ".join(f"Picture {number}: <image>" for number in range(1, len(values) + 1))
-        asked, choose = (("sum of all", sum), ("largest digit", max))[self.rng.integers(2)]
+        count, asked, choose = ((2, "sum of both", sum), (3, "largest digit", max))[self.rng.integers(2)]
+        values = self.rng.integers(0, 10, size=count).tolist()
+        places = ", ".join(f"Picture {number}: <image>" for number in range(1, count + 1))
         return {
             "category": "several pictures",
             "question": f"{places}. What is the {asked}?",
@@ -167,11 +167,11 @@ class _Drawer:
         return compose(pools, self.rng)
 
     def _moving(self, value, step):
-        """A digit that crosses the picture from edge to edge."""
+        """A digit that crosses the picture from edge to edge, within a row or a column of cells."""
         pool, way = self.pool[value], IMAGE_SIZE - DIGIT
         small = Image.fromarray((pool[self.rng.integers(len(pool))] / 16.0).astype(np.float32))
         digit = np.asarray(small.resize((DIGIT, DIGIT), Image.Resampling.BILINEAR)) * self.rng.uniform(0.7, 1.0)
-        across, frames = int(self.rng.integers(way + 1)), []
+        across, frames = int(CELL * self.rng.integers(2) + self.rng.integers(CELL - DIGIT + 1)), []
         for number in range(FRAMES):
             along = round(way * (number if sum(step) > 0 else FRAMES - 1 - number) / (FRAMES - 1))
             top, left = (along, across) if step[0] else (across, along)
