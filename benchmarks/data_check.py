@@ -43,9 +43,10 @@ def main():
         pictures = write_lines(folder, "pictures", 2 * args.images, photos, args.images)
         found.update(compare(few, pictures, args.model, args.images))
     total, share = report["total"], os.cpu_count()
+    found["share"] = found["cpu"] / share
     found["own"] = 1e6 * found["cpu"] / args.lines
     print(f"| {total['lines']:,} lines, {total['tokens_per_epoch']:,} tokens of {args.model} | |\n|---|---:|")
-    print(f"| seconds, {share} processors | {found['seconds']:.1f} |\n| CPU seconds | {found['cpu']:.1f} |")
+    print(f"| seconds, {share} processors | {found['seconds']:.1f} |\n| CPU seconds a processor | {found['share']:.1f} |")
     print(f"| memory of all processes, MB | {found['memory']:.0f} |")
     print(f"| CPU microseconds a line, the start included | {found['own']:.0f} |")
     print(f"| ConversationDataset's | {found['peer']:.0f} |")
@@ -151,6 +152,7 @@ def claims(found, lines):
     """list[dict]: ``name``, ``value``, ``bar`` and ``holds`` of each claim."""
     most = [
         (f"seconds to check {lines:,} lines, headers excluded", found["seconds"], SECONDS_BAR),
+        (f"CPU seconds a processor to check {lines:,} lines", found["share"], SECONDS_BAR),
         (f"MB of all processes that check {lines:,} lines", found["memory"], MEMORY_BAR),
         (f"tokens of {COMPARED:,} lines differ from ConversationDataset's", found["tokens_apart"], 0),
     ]
