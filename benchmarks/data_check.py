@@ -24,6 +24,7 @@ from training import REPOSITORY, machine
 
 SECONDS_BAR, MEMORY_BAR, HEADERS_BAR, SPEED_BAR = 60.0, 500.0, 1000.0, 2.0
 COMPARED = 5_000  # lines
+NAMES = 100_000  # image files of the million lines
 
 
 def main():
@@ -37,7 +38,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         photos = write_photos(folder)
-        meta = write_lines(folder, "many", args.lines, photos, 500)
+        meta = write_lines(folder, "many", args.lines, photos, NAMES)
         found, report = check(meta, args.model, "--no-images")
         few = write_lines(folder, "few", COMPARED, photos, 500)
         pictures = write_lines(folder, "pictures", 2 * args.images, photos, args.images)

@@ -14,9 +14,9 @@ from PIL import Image
 
 from ..errors import BadSample, UserError
 from ..modeling.processing import IMAGE_PLACEHOLDER
-from .annotation import _Files, _parse, read_meta
+from .annotation import MediaFiles, check_line, read_meta
 from .counting import TokenCounter
-from .dataset import UNREADABLE, _repeat
+from .dataset import UNREADABLE, repeat_lines
 from .packing import first_fit_decreasing
 from .video import FRAME_SUFFIXES, FrameSampling, count_frames
 
@@ -145,7 +145,7 @@ class _Checker:
         self.entries, self.processor, self.max_length = entries, processor, max_length
         self.frames, self.headers, self.seed = frames, headers, seed
         self.counter = TokenCounter(processor.tokenizer, template) if processor else None
-        self.files = [_Files(entry.root) for entry in entries]
+        self.files = [MediaFiles(entry.root) for entry in entries]
         # Nothing merges with a visual token: one an image stands for all of them.
         self.image = processor.expand(IMAGE_PLACEHOLDER, [1], 1) if processor and processor.tokens_per_tile else ""
         self.tiles = {}
@@ -165,6 +165,8 @@ class _Checker:
             and message of every bad line.
         """
         path, good, bad = str(self.entries[source].annotation), [], []
+        if len(self.files[source].known) > KEPT:
+            self.files[source].known.clear()
         with open(path, "rb") as file:
             file.seek(offset)
             lines = file.read(size).split(b"\n")
@@ -178,9 +180,7 @@ class _Checker:
         return np.array(good, dtype=np.int32).reshape(-1, 4), bad
 
     def _measure(self, line, where, source, number, index):
-        fields = _parse(line, where, number)
-        if fields["text"] is None and not any(answer for _, answer in fields["turns"]):
-            raise BadSample(f"{where}: every answer is empty, expected something to train", "nothing_trained")
+        fields = check_line(line, where, number, self.files[source], answered=True)
         slots, tiles = self._media(fields, where, source, index)
         kind = 3 if fields["video"] is not None else min(len(fields["images"]), 2)
         if self.counter is None:
@@ -201,9 +201,8 @@ class _Checker:
         if self.processor is not None and not self.processor.tokens_per_tile:
             found = "an image" if names else "a video"
             raise BadSample(f"{where}: names {found}, but the model has no image front end", "no_images_allowed")
-        files, entry = self.files[source], self.entries[source]
+        entry = self.entries[source]
         if video is not None:
-            files.check(video, where, "video")
             if not self.headers:
                 fewest = 1 if self.frames.rate else self.frames.min_frames
                 return fewest, fewest
@@ -214,12 +213,10 @@ class _Checker:
             if path.is_dir():
                 self._look_at_frames(path, where)
             return count, count
-        for name in names:
-            files.check(name, where)
         if not self.headers:
             return len(names), len(names)
         limit = self.processor and self.processor.tile_limit(len(names), entry.max_dynamic_patch)
-        return len(names), sum(self._tiles(os.path.join(files.root, name), where, limit) for name in names)
+        return len(names), sum(self._tiles(os.path.join(entry.root, name), where, limit) for name in names)
 
     def _look_at_frames(self, folder, where):
         for path in sorted(folder.iterdir()):
@@ -285,7 +282,7 @@ class _Found:
     def lengths(self, seed):
         """ndarray: Tokens of the samples of a pass, with ``repeat_time``."""
         tokens = np.concatenate([measures[:, 1] for measures in self.measures])
-        return tokens[_repeat(len(tokens), self.entry.repeat_time, seed)]
+        return tokens[repeat_lines(len(tokens), self.entry.repeat_time, seed)]
 
     def report(self, counted):
         """dict: All of it as JSON can hold it; ``None`` for what needs a model."""

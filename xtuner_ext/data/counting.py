@@ -39,7 +39,7 @@ class TokenCounter:
     def __init__(self, tokenizer, template):
         self.template = template
         self._tokenizer = _Direct(tokenizer) if tokenizer.is_fast else tokenizer
-        self._control = masking._special_words(self._tokenizer, len(tokenizer))
+        self._control = masking.special_words(self._tokenizer, len(tokenizer))
         # Hardly any text has one of these; only then is it worth to look closely.
         starts = {str(token)[0] for token in tokenizer.added_tokens_decoder.values() if token.special} | {masking.BREAK}
         self._suspect = re.compile(f"[{re.escape(''.join(starts))}]")
