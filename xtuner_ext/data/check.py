@@ -87,7 +87,7 @@ def _processes(checker, jobs):
     try:
         yield lambda *piece: pool.submit(_check, *piece)
     except BrokenProcessPool as error:
-        raise UserError("a process that checks lines was killed, perhaps for want of memory: try fewer --jobs") from error
+        raise UserError("a process that checks lines was killed, perhaps for want of memory: try fewer jobs") from error
     finally:
         pool.shutdown(cancel_futures=True)
         gc.unfreeze()
@@ -124,7 +124,8 @@ def _pieces(entry, found):
             piece += file.readline()
             yield offset, len(piece), number, index
             lines = piece.split(b"\n")
-            offset, number, index = offset + len(piece), number + len(lines) - 1, index + sum(map(bool, map(bytes.strip, lines)))
+            offset, number = offset + len(piece), number + len(lines) - 1
+            index += sum(map(bool, map(bytes.strip, lines)))
     found.lines = index
     if not index:
         found.problem = f"annotation file {entry.annotation} is empty, expected one JSON object a line"
@@ -161,8 +162,8 @@ class _Checker:
             index (int): Lines before it that are not blank.
 
         Returns:
-            tuple[ndarray, list]: Kind, tokens, trained tokens and tiles of every good sample, (N, 4), and number, reason
-            and message of every bad line.
+            tuple[ndarray, list]: Kind, tokens, trained tokens and tiles of every good sample, (N, 4), and number,
+            reason and message of every bad line.
         """
         path, good, bad = str(self.entries[source].annotation), [], []
         if len(self.files[source].known) > KEPT:
@@ -190,7 +191,8 @@ class _Checker:
         if tokens > self.max_length:
             raise BadSample(f"{where}: {tokens} tokens, more than max_length={self.max_length}", "too_long")
         if trained <= (fields["text"] is not None and not self.counter.lead):
-            raise BadSample(f"{where}: none of its {tokens} tokens is trained, expected at least one", "nothing_trained")
+            message = f"{where}: none of its {tokens} tokens is trained, expected at least one"
+            raise BadSample(message, "nothing_trained")
         return kind, tokens, trained, tiles
 
     def _media(self, fields, where, source, index):

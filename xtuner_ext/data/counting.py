@@ -18,7 +18,11 @@ TOKEN_HAS_SPACE = re.compile(f"(^|[{ENDS}]) ($|[{STARTS}])")
 ANCHOR = "x"
 # Counts that are kept, and the longest text of one; a longer one hardly comes twice.
 KEPT, LONGEST = 100_000, 200
-PROBES, PROBED = 200, ("word", " word", "Word", " ", "  ", "\n", "\n\n", "\t", "7", "3.5", ",", ". ", "'s", "é", "漢字", "🙂", "▁", "_", "<", ">")
+PROBES = 200
+PROBED = (
+    *("word", " word", "Word", " ", "  ", "\n", "\n\n", "\t", "7", "3.5", ",", ". ", "'s"),
+    *("é", "漢字", "🙂", "▁", "_", "<", ">"),
+)
 
 
 class TokenCounter:
