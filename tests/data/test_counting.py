@@ -12,7 +12,7 @@ from xtuner_ext.data.template_fit import fit_template
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<ref>"]
 IMAGE = "<img><IMG_CONTEXT></img>"
-WORDS = ["the", " cat", " sat", " on", " the", " mat", ".", ",", " 17", "3", "\n", "\n\n", "  ", "é", "漢字", " Who", "?", "'s"]
+WORDS = ["the", " cat", " sat", " on", " the", " mat", ".", ",", " 17", "3", "\n", "\n\n", "  ", "é", "漢字", " Who", "?"]
 ODD = [*WORDS, "<|im_end|>", "</s>", "<", ">", "▁", "<ref>", "🙂", "\t", " <|im_start|>user"]
 CORPUS = ["the cat sat on the mat. Who sat on it? the cat's mat, 17 mats", "user assistant USER ASSISTANT system"] * 20
 

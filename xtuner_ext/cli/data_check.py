@@ -18,9 +18,9 @@ def add_parser(verbs):
     parser = verbs.add_parser(
         "check",
         help="what training would lose, and how long samples are",
-        "model also its template, and the exact lengths of all samples in tokens. No image is decoded. Ends with status 1 "
-        "if training would lose anything, with 2 if the meta file itself or the command is wrong.",
-        "if training would lose anything, with 2 if the meta file itself or the command is wrong.",
+        description="Check every line, path, placeholder and header of the datasets that a meta JSON names; with a "
+        "model also its template, and the exact lengths of all samples in tokens. No image is decoded whole. Ends with "
+        "status 1 if training would lose anything, with 2 if the meta file itself or the command is wrong.",
         epilog="example: xtuner-ext data check work_dirs/digits/data/train.json --model digits-teacher",
     )
     parser.add_argument("meta", metavar="META.json", help="the meta file of the datasets")
