@@ -32,7 +32,10 @@ BATCH, SAMPLED = 8, 100_000
 def check_meta(
     meta, processor=None, template=None, max_length=8192, frames=None, images=True, jobs=None, seed=0, progress=None
 ):
-    """Look at every line that a meta JSON names as training would, without decoding images.
+    """Look at every line that a meta JSON names as training would, without decoding what it names.
+
+    Of images the headers and the ends of the files are read, of videos the headers; an image is decoded only where its
+    file's end does not tell that it is whole.
 
     Args:
         meta (str): Path of the meta JSON.
