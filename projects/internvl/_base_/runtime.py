@@ -20,7 +20,7 @@ env_cfg = dict(
 )
 visualizer = None  # dict(type=Visualizer, vis_backends=[dict(type=TensorboardVisBackend)])
 log_level = "INFO"
-log_processor = dict(by_epoch=False)
+log_processor = dict(by_epoch=False, window_size=10)  # iterations that a logged loss is the mean of
 load_from = None
 resume = True  # continue from work_dir/last_checkpoint when there is one
 randomness = dict(seed=42, deterministic=False)
