@@ -36,7 +36,8 @@ template = "internlm2-chat"  # --conv_style
 total_batch_size = 16  # samples an optimizer step, BATCH_SIZE
 batch_size = 4  # samples a process and iteration, PER_DEVICE_BATCH_SIZE
 num_workers = 4  # processes that read data, for each training process
-max_seq_length = 4096  # tokens
+max_seq_length = 4096  # tokens; longer samples are left out and counted
+max_bad_fraction = 0.01  # share of samples left out, of any reason, above which the run stops
 max_dynamic_patch = 6  # tiles an image, thumbnail not counted
 
 lora_r = 16  # rank, --use_llm_lora
@@ -83,6 +84,7 @@ train_dataloader = dict(
         ),
         template=template,
         max_length=max_seq_length,
+        max_bad_fraction=max_bad_fraction,
     ),
     # --group_by_length
     sampler=dict(
