@@ -39,6 +39,10 @@ def main(argv):
 
     if argv[0] == "gguf_to_hf":
         return gguf_to_hf(argv[1:])
+    if argv[0] == "merge":
+        from .merge import stock_merge
+
+        return stock_merge(argv[1:])
     if argv[0] != "pth_to_hf":
         return run_stock(f"convert {argv[0]}", argv[1:])
     args = parse_args(argv[1:])
@@ -46,11 +50,11 @@ def main(argv):
 
     path = find_config(args.config)
     config = load_config(path, args.cfg_options)
-    from ..distill import DistillModel
+    from ..distill.base import HybridModel
 
     # Reading the item makes a lazy config import the class.
     model_type = config.model["type"]
-    if not (isinstance(model_type, type) and issubclass(model_type, DistillModel)):
+    if not (isinstance(model_type, type) and issubclass(model_type, HybridModel)):
         return run_stock("convert pth_to_hf", argv[1:])
     refuse_foreign_folder(args.save_dir)
     if not os.path.exists(args.pth_model):
@@ -106,16 +110,20 @@ def pth_to_hf(config, checkpoint, out, fp32=False, max_shard_size="2GB"):
     from ..distill.stages import read_checkpoint
 
     state, found = read_checkpoint(checkpoint)
-    # The checkpoint replaces what the stage before would give.
-    config.model.pretrained_pth = None
+    if "pretrained_pth" in config.model:
+        # The checkpoint replaces what the stage before would give.
+        config.model.pretrained_pth = None
     model = BUILDER.build(config.model)
     expected = model.state_dict()
     ours = model.describe()
-    if found and found["stage"] != ours["stage"]:
-        raise UserError(f"checkpoint {checkpoint} comes from stage {found['stage']}, the config is of stage {ours['stage']}")
-    for key in ("layer_types", "mixer", "teacher"):
-        if found and found[key] != ours[key]:
-            raise UserError(f"checkpoint {checkpoint} was trained with another {key}: {found[key]}, the config has {ours[key]}")
+    if found and found.get("stage") != ours.get("stage"):
+        stages = [f"stage {d['stage']}" if "stage" in d else "fine-tuning" for d in (found, ours)]
+        raise UserError(f"checkpoint {checkpoint} comes from {stages[0]}, the config is of {stages[1]}")
+    for key in ("layer_types", "mixer", "teacher", "lora"):
+        if found and found.get(key) != ours.get(key):
+            raise UserError(
+                f"checkpoint {checkpoint} was trained with another {key}: {found.get(key)}, the config has {ours.get(key)}"
+            )
     missing, surplus = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
     if missing or surplus:
         what = f"misses {missing[0]}" if missing else f"has the unknown {surplus[0]}"
@@ -129,7 +137,8 @@ def pth_to_hf(config, checkpoint, out, fp32=False, max_shard_size="2GB"):
 
 def refuse_foreign_folder(folder):
     """Raise UserError when a folder holds something other than an earlier conversion."""
-    if os.path.isdir(folder) and os.listdir(folder) and not os.path.isfile(os.path.join(folder, "generation_config.json")):
+    ours = ("generation_config.json", "adapter_config.json")
+    if os.path.isdir(folder) and os.listdir(folder) and not any(os.path.isfile(os.path.join(folder, n)) for n in ours):
         raise UserError(f"{folder} is not empty and holds no earlier conversion: choose another folder")
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise UserError(f"{folder} is a file, expected a folder to write")

@@ -6,6 +6,7 @@ xtuner-ext VERB [ARGUMENTS]
 import difflib
 import importlib
 import importlib.util
+import logging
 import os
 import random
 import select
@@ -34,6 +35,7 @@ OWN_VERBS = {
     "cache-teacher": ("cache_teacher", "keep a teacher's likeliest next tokens for stage 3"),
     "convert pth_to_hf": ("convert", "turn a checkpoint into a Hugging Face folder"),
     "convert gguf_to_hf": ("convert", "unpack a GGUF file into a Hugging Face folder"),
+    "merge": ("merge", "merge a tuned adapter into its base model"),
     "convert merge": ("convert", "merge an adapter into its base model"),
     "convert split": ("convert", "split a model into smaller shards"),
 }
@@ -86,6 +88,8 @@ def run(argv=None, entry=None):
         int: Exit status: 0, what the command returned, 2 for a user's mistake, 130 when interrupted, 141 when
         the reader of our output has gone, as `head` does.
     """
+    # It warns, at every import, of kernels that it would download.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         status = (entry or main)(sys.argv[1:] if argv is None else argv) or 0
         sys.stdout.flush()

@@ -64,6 +64,9 @@ def main(argv):
     config.work_dir = work_dir
     previous = previous_checkpoint(config)
     checkpoint = find_checkpoint("auto" if args.resume is None and config.get("resume") else args.resume, work_dir)
+    from xtuner_ext.finetune.batch import derived_options, process_count
+
+    derived = derived_options(config, process_count(args.launcher))
     prepare_data(config)
 
     stock = [config_path, "--work-dir", work_dir]
@@ -74,7 +77,9 @@ def main(argv):
         stock += ["--resume", checkpoint]
     if args.seed is not None:
         stock += ["--seed", str(args.seed)]
-    options = [*args.cfg_options, *([f"model.pretrained_pth={previous}"] if previous else [])]
+    if previous:
+        derived["model.pretrained_pth"] = previous
+    options = [*args.cfg_options, *(f"{key}={value}" for key, value in derived.items())]
     if options:
         stock += ["--cfg-options", *options]
     run_stock_train(stock)

@@ -60,8 +60,6 @@ def export_student(
             the same logits.
     """
     processor = load_processor(teacher, trust_remote_code=trust_remote_code)
-    config.template = config.template or detect_template(processor.tokenizer)
-    template = fit_template(config.template, processor.tokenizer) if config.template else None
     source = load_teacher(teacher)
     with init_empty_weights():
         student = HybridVLForCausalLM(config)
@@ -70,28 +68,67 @@ def export_student(
     del source, state
     student.eval()
     if trained_model is not None:
-        _check_parity("the assembled student", logits_difference(student.float(), trained_model), ASSEMBLY_TOLERANCE, out)
-    student.to(dtype)
+        check_parity("the assembled student", logits_difference(student.float(), trained_model), ASSEMBLY_TOLERANCE, out)
+    write_model(student, processor, out, teacher, dtype, max_shard_size, recipe)
+
+
+def write_model(model, processor, out, source, dtype=torch.bfloat16, max_shard_size="5GB", recipe=None):
+    """Write a model as a folder that needs nothing else, and compare the logits of what was written.
+
+    Args:
+        model (HybridVLForCausalLM): Complete; it is cast to ``dtype``.
+        processor (HybridVLProcessor): Its processor.
+        out (str): Folder to write; appears only when the check passes.
+        source (str): Folder that the model comes from, named in the model card.
+        dtype (torch.dtype): Of the stored weights; decay rates and time-step biases stay fp32.
+        max_shard_size (str): Largest weight file.
+        recipe (dict, optional): Named in the model card.
+
+    Raises:
+        UserError: When the written model does not give the same logits.
+    """
+    config = model.config
+    config.template = config.template or detect_template(processor.tokenizer)
+    template = fit_template(config.template, processor.tokenizer) if config.template else None
+    model = model.to(dtype).eval()
+    logging.disable_progress_bar()
     with whole_folder(out) as folder:
-        _write_model(student, folder, max_shard_size)
-        _write_processor(processor, template, folder)
+        _write_weights(model, folder, max_shard_size)
+        write_processor(processor, template, folder)
         _write_generation_config(processor, config, template, folder)
-        (folder / "README.md").write_text(_model_card(config, teacher, dtype, recipe), encoding="utf-8")
-        logging.disable_progress_bar()
+        (folder / "README.md").write_text(_model_card(config, source, dtype, recipe), encoding="utf-8")
         written = HybridVLForCausalLM.from_pretrained(folder, dtype="auto").eval()
-        _check_parity("the written model", logits_difference(student, written), PARITY_TOLERANCE, out)
+        check_parity("the written model", logits_difference(model, written), PARITY_TOLERANCE, out)
 
 
 @torch.no_grad()
 def logits_difference(model, other):
-    """Largest difference between two models' logits, relative to the largest logit.
+    """Largest difference between two models' logits, relative to the largest logit; see :func:`probe_logits`.
 
     Args:
         model (HybridVLForCausalLM): One model.
         other (HybridVLForCausalLM): A model of the same shape.
 
     Returns:
-        float: Over one text row and, with an image front end, one tile.
+        float: 0 where both give the same.
+    """
+    return relative_difference(*(probe_logits(m) for m in (model, other)))
+
+
+def relative_difference(ours, theirs):
+    """float: Largest difference between two tensors, as a share of the largest number of the first."""
+    return ((ours - theirs).abs().max() / ours.abs().max()).item()
+
+
+@torch.no_grad()
+def probe_logits(model):
+    """What a model makes of one random text row with, where it has an image front end, one random tile.
+
+    Args:
+        model (HybridVLForCausalLM): Any; models of one shape are asked the same.
+
+    Returns:
+        Tensor: Logits in fp32, (1, L, V).
     """
     config = model.config
     generator = torch.Generator().manual_seed(0)
@@ -103,11 +140,11 @@ def logits_difference(model, other):
         ids = torch.cat([ids[:, :16], torch.full((1, count), config.image_token_id), ids[:, 16:]], dim=1)
         size = config.vision["image_size"]
         pixels = torch.randn(1, config.vision.get("num_channels", 3), size, size, generator=generator)
-    ours, theirs = (m(ids, pixel_values=pixels, use_cache=False).logits.float() for m in (model, other))
-    return ((ours - theirs).abs().max() / ours.abs().max()).item()
+    return model(ids, pixel_values=pixels, use_cache=False).logits.float()
 
 
-def _check_parity(what, difference, tolerance, out):
+def check_parity(what, difference, tolerance, out):
+    """Raise UserError when a relative difference of logits is above its tolerance, or is no number."""
     if not difference <= tolerance:
         raise UserError(
             f"export to {out} failed its check: the logits of {what} are off by {difference:.3g} of the largest one, "
@@ -127,7 +164,7 @@ def _assemble(student, frozen, trained):
     return state
 
 
-def _write_model(student, folder, max_shard_size):
+def _write_weights(student, folder, max_shard_size):
     student.config.auto_map = AUTO_MAP
     student.config.architectures = [type(student).__name__]
     student.config.dtype = student.lm_head.weight.dtype
@@ -139,7 +176,8 @@ def _write_model(student, folder, max_shard_size):
         (folder / Path(name).name).write_text(source, encoding="utf-8")
 
 
-def _write_processor(processor, template, folder):
+def write_processor(processor, template, folder):
+    """Write processor and tokenizer into an existing folder, with a chat template also where the tokenizer has none."""
     processor.save_pretrained(folder)
     path = folder / processor.config_name
     settings = json.loads(path.read_text())
@@ -162,23 +200,20 @@ def _write_generation_config(processor, config, template, folder):
 
 
 def _model_card(config, teacher, dtype, recipe):
-    attention = [i for i, word in enumerate(config.layer_types) if word == "full_attention"]
-    kind = "hybrid" if attention else "linear"
+    kind, name = "hybrid" if "full_attention" in config.layer_types else "linear", Path(str(teacher)).name
+    tuned = (recipe or {}).get("kind") == "supervised"
     lines = [
         "---",
         "library_name: transformers",
         "pipeline_tag: image-text-to-text" if config.vision else "pipeline_tag: text-generation",
-        "tags: [mamba2, linear-attention, distillation]",
+        "tags: [mamba2, linear-attention, distillation]" if "linear_attention" in config.layer_types else "tags: []",
         "---",
         "",
-        f"# A {kind} Mamba-2 student of {Path(str(teacher)).name}",
+        f"# {name}, fine-tuned" if tuned else f"# A {kind} Mamba-2 student of {name}",
         "",
-        f"{config.num_hidden_layers} layers; attention is kept in {attention or 'none'}, the others mix by Mamba-2. "
-        f"Weights are {str(dtype).removeprefix('torch.')}. The licence of the teacher applies.",
+        *_layers_and_cache(config),
         "",
-        f"One sequence's cache takes {config.cache_bytes(1024):,} bytes after 1,024 tokens and "
-        f"{config.cache_bytes(65536):,} after 65,536; the teacher's would take "
-        f"{_teacher_cache_bytes(config, 1024):,} and {_teacher_cache_bytes(config, 65536):,}.",
+        f"Weights are {str(dtype).removeprefix('torch.')}. The licence of {name} applies.",
         "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoProcessor",
@@ -190,6 +225,19 @@ def _model_card(config, teacher, dtype, recipe):
     if recipe:
         lines += ["", "## Recipe", "", "```json", json.dumps(recipe, indent=2), "```"]
     return "\n".join(lines) + "\n"
+
+
+def _layers_and_cache(config):
+    attention = [i for i, word in enumerate(config.layer_types) if word == "full_attention"]
+    if len(attention) == config.num_hidden_layers:
+        return [f"{config.num_hidden_layers} layers of attention."]
+    return [
+        f"{config.num_hidden_layers} layers; attention is kept in {attention or 'none'}, the others mix by Mamba-2.",
+        "",
+        f"One sequence's cache takes {config.cache_bytes(1024):,} bytes after 1,024 tokens and "
+        f"{config.cache_bytes(65536):,} after 65,536; with attention everywhere it would take "
+        f"{_teacher_cache_bytes(config, 1024):,} and {_teacher_cache_bytes(config, 65536):,}.",
+    ]
 
 
 def _teacher_cache_bytes(config, length):

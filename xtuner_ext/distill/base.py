@@ -5,6 +5,9 @@ from abc import abstractmethod
 from mmengine.model import BaseModel
 from xtuner.registry import BUILDER
 
+from ..convert.checkpoint import find_dtype
+from ..modeling.mixers import FP32_PARAMETERS
+
 
 class HybridModel(BaseModel):
     """MMEngine model around a ``HybridVLForCausalLM``.
@@ -72,6 +75,20 @@ class HybridModel(BaseModel):
         for key in [key for key in state if key.removeprefix(prefix) not in trained]:
             del state[key]
         return state
+
+    def cast_trainable(self, dtype):
+        """Give the weights that train a precision of their own; decay rates and time-step biases keep fp32.
+
+        Args:
+            dtype (str): Such as ``"float32"``.
+
+        Raises:
+            UserError: For an unknown dtype.
+        """
+        dtype = find_dtype(dtype, "model.trainable_dtype")
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad and name.rpartition(".")[2] not in FP32_PARAMETERS:
+                parameter.data = parameter.data.to(dtype)
 
     def gradient_checkpointing_enable(self):
         """Recompute activations layer by layer in the backward pass."""

@@ -14,14 +14,12 @@ import torch
 from torch import nn
 from xtuner.registry import BUILDER
 
-from ..convert.checkpoint import find_dtype
 from ..convert.seeding import Seeding, first_token_states, seed_mixer
 from ..data.dataset import samples_config
 from ..data.masking import next_token_rows
 from ..errors import UserError
 from ..modeling import Mamba2Mixer, PairedMixer, layer_types_from_attention
 from ..modeling.configuration import MixerConfig, check_layer_types
-from ..modeling.mixers import FP32_PARAMETERS
 from ..ops.segments import segment_starts
 from .base import HybridModel
 from .layer_selection import read_selection
@@ -142,10 +140,7 @@ class DistillModel(HybridModel):
         if use_activation_checkpointing:
             self.gradient_checkpointing_enable()
         if trainable_dtype is not None:
-            dtype = find_dtype(trainable_dtype, "model.trainable_dtype")
-            for name, parameter in self.named_parameters():
-                if parameter.requires_grad and name.rpartition(".")[2] not in FP32_PARAMETERS:
-                    parameter.data = parameter.data.to(dtype)
+            self.cast_trainable(trainable_dtype)
         if pretrained_pth is not None and not self.llm.lm_head.weight.is_meta:
             load_previous_stage(self, pretrained_pth)
 
