@@ -428,6 +428,23 @@ def chat_about_images_within_reach(evaluate_chat_hook):
     evaluate_chat_hook.load_image, hook.__init__ = load_image, __init__
 
 
+def read_select_layer_as_number(argparse):
+    """Lets `--visual-select-layer` be given.
+
+    Repairs: xtuner 0.2.0 tools/chat.py:59, tools/mmbench.py:58 and tools/eval_refcoco.py:66, which give it no type, so
+    that a tuple of hidden states is asked for its "-2". Needed until: none yet.
+    """
+    original = argparse.ArgumentParser.add_argument
+
+    @functools.wraps(original)
+    def add_argument(self, *names, **options):
+        if "--visual-select-layer" in names:
+            options.setdefault("type", int)
+        return original(self, *names, **options)
+
+    argparse.ArgumentParser.add_argument = add_argument
+
+
 def replace_cli(entry_point):
     """Puts our front door behind the stock `xtuner` command.
 

@@ -29,8 +29,9 @@ from ..data.templates import get_template
 from ..distill.stages import read_checkpoint
 from ..errors import UserError
 from ..modeling import HybridVLConfig, HybridVLForCausalLM
+from ..modeling.processing import HybridVLProcessor
 from .checkpoint import read_config_json, whole_folder
-from .export import PARITY_TOLERANCE, check_parity, relative_difference, write_model
+from .export import PARITY_TOLERANCE, check_parity, relative_difference, write_model, write_processor, write_weights
 from .llava_parts import ADAPTER, PROJECTOR, TOWER, TOWER_ADAPTER, assemble, image_token, llava_processor
 from .teacher import load_teacher, resolve_folder
 
@@ -176,12 +177,11 @@ def write_parts(model, config, out, dtype, max_shard_size):
 def _write_language_model(llm, tokenizer, folder, max_shard_size):
     llm.config.use_cache = True
     if isinstance(llm, HybridVLForCausalLM):
-        from .export import write_weights
-
         write_weights(llm, folder, max_shard_size)
+        write_processor(HybridVLProcessor(tokenizer, tokens_per_tile=0), None, folder)
     else:
         llm.save_pretrained(folder, max_shard_size=max_shard_size)
-    tokenizer.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def _write_config(config, folder):
@@ -208,6 +208,7 @@ def merge_parts(model, out):
     if model.use_visual_encoder_lora:
         model.visual_encoder = model.visual_encoder.merge_and_unload()
     model.use_llm_lora = model.use_visual_encoder_lora = False
+    model.llm.config.use_cache = True
     check_parity("the merged model", relative_difference(before, probe(model)), MERGE_TOLERANCE, out)
     return model.llm, model.visual_encoder
 
