@@ -61,7 +61,7 @@ model = dict(
     lora=dict(language=dict(r=lora_r, alpha=lora_alpha), dropout=lora_dropout),
     # Of language, mixers, vision, projector, embeddings and head, those that train as a whole get False.
     freeze=dict(language=True, vision=True, projector=True),
-    quantization=None,  # dict(bits=4, type="nf4", double_quant=True) for QLoRA
+    quantization=None,  # internvl2_2b_qlora.py has four bits
     loss_reduction="token",
     use_activation_checkpointing=True,  # --grad_checkpoint
     trainable_dtype="float32",

@@ -6,9 +6,11 @@ import shutil
 
 import pytest
 import torch
+from xtuner.registry import BUILDER
 
 from tests.finetune.models import internvl2, student  # noqa: F401
-from xtuner_ext.cli import main
+from xtuner_ext.cli import config_names, main
+from xtuner_ext.cli.config_options import load_config
 from xtuner_ext.convert import load_teacher
 from xtuner_ext.convert.export import logits_difference
 from xtuner_ext.distill.stages import read_checkpoint
@@ -67,22 +69,30 @@ def losses(work_dir):
     return [line["loss"] for line in lines]
 
 
-@pytest.mark.parametrize("name", ["internvl2_2b_lora_coco", "student_lora"])
+@pytest.mark.parametrize("name", ["internvl2_2b_qlora", "student_lora"])
 def test_a_shipped_config_trains_converts_and_merges(train, internvl2, student, tmp_path, name):  # noqa: F811
-    size = ["total_batch_size=8"] if "coco" in name else []
-    run_dir = train(name, tmp_path / "run", *size, iterations=4)
+    run_dir = train(name, tmp_path / "run", iterations=4)
     assert len(losses(run_dir)) == 4
     # The run's own config, which holds what the command line changed.
     config, checkpoint = str(run_dir / f"{name}.py"), str(run_dir / "iter_4.pth")
     assert main.run(["convert", "pth_to_hf", config, checkpoint, str(tmp_path / "adapter")]) == 0
     settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert settings["r"] == (128 if "coco" in name else 16) and settings["lora_alpha"] == 2 * settings["r"]
+    assert (settings["r"], settings["lora_alpha"], settings["lora_dropout"]) == (16, 32, 0.05)
     for source in (tmp_path / "adapter", run_dir):
         assert main.run(["merge", str(source), str(tmp_path / "merged")]) == 0
     merged = HybridVLForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     assert not has_lora(merged)
     difference = logits_difference(merged, load_teacher(student if "student" in name else internvl2))
     assert 0 < difference < 0.5
+
+
+@pytest.mark.parametrize("name, rank", [("internvl2_2b_lora", 16), ("internvl2_2b_lora_coco", 128), ("habitat_lora", 16)])
+def test_shipped_configs_tune_the_language_part_alone(internvl2, name, rank):  # noqa: F811
+    config = load_config(config_names()[f"internvl/{name}"], [f"model.llm.pretrained_model_name_or_path={internvl2}"])
+    model = BUILDER.build(config.model)
+    assert {len(p) for name, p in model.named_parameters() if ".lora_A." in name} == {rank}
+    assert all(key.startswith("llm.model.layers.") and ".lora_" in key for key in model.state_dict())
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
 
 
 @pytest.fixture(scope="module")
