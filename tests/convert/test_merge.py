@@ -78,7 +78,7 @@ torch.save((inputs, model(**inputs).logits, answer), sys.argv[2])
     result = run([sys.executable, "-c", script, tmp_path / "out", tmp_path / "x.pt"], tmp_path, variables=variables)
     assert result.returncode == 0, result.stderr
     inputs, logits, answer = torch.load(tmp_path / "x.pt")
-    torch.testing.assert_close(tuned(**inputs).logits, logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(tuned(**inputs).logits, logits, rtol=1e-3, atol=1e-3)
     assert torch.equal(tuned.generate(**inputs, max_new_tokens=8, do_sample=False, eos_token_id=None), answer)
 
 
