@@ -176,24 +176,37 @@ def write(folder, case):
     return folder / "meta.json", fragments, case.reason
 
 
-def write_video(path, frames=50, rate=25, size=(64, 48), codec="mpeg4", gop=12):
-    """Write a video whose frame i is grey of brightness 4 i, modulo 252.
+BITS, BAR = 10, 8
+
+
+def numbered(number):
+    """ndarray: A frame that shows its number in black and white bars, which survive lossy compression, (32, 80, 3)."""
+    bits = [255 * (number >> bit & 1) for bit in range(BITS)]
+    return np.tile(np.repeat(np.array(bits, np.uint8), BAR)[None, :, None], (32, 1, 3))
+
+
+def number_shown(image):
+    """int: The number in a frame."""
+    bars = np.asarray(image).reshape(32, BITS, BAR, 3).mean(axis=(0, 2, 3)) > 127
+    return sum(1 << bit for bit in range(BITS) if bars[bit])
+
+
+def write_video(path, frames=50, rate=25, codec="mpeg4", gop=12):
+    """Write a video whose frames show their numbers.
 
     Args:
         path (Path): File, whose suffix tells the container.
         frames (int): Number of frames.
         rate (int): Frames a second.
-        size (tuple[int, int]): Width and height in pixels.
         codec (str): Name that FFmpeg gives it.
         gop (int): Frames from one key frame to the next.
     """
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate)
-        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
-        stream.codec_context.gop_size = gop
+        stream.width, stream.height, stream.pix_fmt = BITS * BAR, 32, "yuv420p"
+        stream.codec_context.gop_size, stream.bit_rate = gop, 2_000_000
         for number in range(frames):
-            grey = np.full((size[1], size[0], 3), 4 * number % 252, np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(numbered(number), format="rgb24")))
         container.mux(stream.encode())
 
 

@@ -96,10 +96,11 @@ def logged(work_dir):
     return next(work_dir.glob("*/*.log")).read_text()
 
 
-# Rows are fewer than batches of samples, and some of their passes are not whole.
-@pytest.mark.parametrize("name, iterations", [("plain", 75), ("grouped", 75), ("packed", 60)])
-def test_a_run_trains_counts_exactly_and_ends(project, mixed, tmp_path, name, iterations):
-    assert train(project, tmp_path / "run", f"train_cfg.max_iters={iterations}", name=name) == 0
+# The rows' pass is followed by a part of the next.
+@pytest.mark.parametrize("name, iterations, workers", [("plain", 75, 2), ("grouped", 75, 0), ("packed", 60, 0)])
+def test_a_run_trains_counts_exactly_and_ends(project, mixed, tmp_path, name, iterations, workers):
+    options = [f"train_cfg.max_iters={iterations}", f"train_dataloader.num_workers={workers}"]
+    assert train(project, tmp_path / "run", *options, name=name) == 0
     check(tmp_path / "run", mixed)
     assert (tmp_path / "run" / f"iter_{iterations}.pth").is_file()
     log = logged(tmp_path / "run")
@@ -123,25 +124,25 @@ def test_two_processes_count_what_one_counts(project, mixed, tmp_path, scripts):
 
 
 def test_a_resumed_run_counts_nothing_twice_and_forgets_nothing(project, mixed, tmp_path):
-    work_dir = tmp_path / "run"
-    assert train(project, work_dir, "train_cfg.max_iters=50") == 0
+    work_dir, alone = tmp_path / "run", "train_dataloader.num_workers=0"
+    assert train(project, work_dir, "train_cfg.max_iters=50", alone) == 0
     before = entries(work_dir)
     # The run goes on from iteration 40, after which it had met more and was killed while it wrote.
     (work_dir / "iter_50.pth").unlink()
     with open(work_dir / "bad_samples.jsonl", "a") as file:
         file.write('{"dataset": "sec')
-    assert train(project, work_dir) == 0
+    assert train(project, work_dir, alone) == 0
     check(work_dir, mixed)
     assert entries(work_dir)[: len(before)] == before
     logs = sorted(path.read_text() for path in work_dir.glob("*/*.log"))
     assert any("3 bad samples, 299 lines looked at" in log for log in logs)
     # Further passes meet the same ones.
-    assert train(project, work_dir, "train_cfg.max_iters=100") == 0
+    assert train(project, work_dir, "train_cfg.max_iters=100", alone) == 0
     check(work_dir, mixed)
     # A new run begins a new file.
     for path in work_dir.glob("*.pth"):
         path.unlink()
-    assert train(project, work_dir, "train_cfg.max_iters=1") == 0
+    assert train(project, work_dir, "train_cfg.max_iters=1", alone) == 0
     assert [entry["reason"] for entry in entries(work_dir)] == ["json"]
 
 

@@ -2,8 +2,7 @@
 
 import argparse
 import json
-import sys
-from collections import Counter
+from itertools import islice
 
 # Bad lines of one reason and dataset that the table names; the JSON report has them all.
 EXAMPLES = 3
@@ -184,20 +183,19 @@ def print_report(report, args):
     _print_bad(screen, report)
     for dataset in report["datasets"]:
         for warning in dataset["warnings"]:
-            screen.print(f"warning: {escape(dataset['name'])}: {escape(warning)}", style="yellow")
+            _say(screen, f"warning: {dataset['name']}: {warning}", "yellow")
     if report["template_remark"]:
-        screen.print(f"warning: template {report['template']}, {report['template_remark']}", style="yellow")
+        _say(screen, f"warning: template {report['template']}, {report['template_remark']}", "yellow")
     if not report["headers"]:
-        screen.print("The headers of images and videos were not read: an image counts as one tile.")
+        _say(screen, "The headers of images and videos were not read: an image counts as one tile.")
     if args.model is None:
-        screen.print("Without --model nothing is known of tokens, tiles and template.")
-    if report["lost"]:
-        for loss in report["lost"]:
-            screen.print(f"lost in training: {escape(loss)}", style="bold red")
-        if any(count > EXAMPLES for dataset in report["datasets"] for count in dataset["bad"].values()):
-            screen.print(f"all bad lines are named in {escape(args.json)}" if args.json else "--json FILE names all bad lines")
-    else:
-        screen.print("nothing would be lost in training" if not report["total"]["bad"] else "bad lines are within the limit")
+        _say(screen, "Without --model nothing is known of tokens, tiles and template.")
+    for loss in report["lost"]:
+        _say(screen, f"lost in training: {loss}", "bold red")
+    if any(count > EXAMPLES for dataset in report["datasets"] for count in dataset["bad"].values()):
+        _say(screen, f"all bad lines are named in {args.json}" if args.json else "--json FILE names all bad lines")
+    if not report["lost"]:
+        _say(screen, "bad lines are within the limit" if report["total"]["bad"] else "nothing would be lost in training")
 
 
 def _print_tokens(screen, report):
@@ -221,10 +219,9 @@ def _print_tokens(screen, report):
             )
     screen.print(table)
     batches = report["batches"]
-    screen.print(
-        f"Batches of {batches['samples']} samples in random order would be {batches['padded_fill']:.0%} filled, packed rows "
-        f"of {batches['row_length']:,} tokens {batches['packed_fill']:.0%}."
-    )
+    padded, packed = f"{batches['padded_fill']:.0%}", f"{batches['packed_fill']:.0%}"
+    rows = f"packed rows of {batches['row_length']:,} tokens {packed}"
+    _say(screen, f"Batches of {batches['samples']} samples in random order would be {padded} filled, {rows}.")
 
 
 def _print_bad(screen, report):
@@ -233,18 +230,25 @@ def _print_bad(screen, report):
 
     if not report["total"]["bad"]:
         return
-    table = Table(title="bad lines")
+    table, examples = Table(title="bad lines"), []
     for name in ("dataset", "reason"):
-        table.add_column(name, no_wrap=True)
+        table.add_column(name)
     table.add_column("lines", justify="right")
-    table.add_column("the first of them", overflow="fold")
     for dataset in report["datasets"]:
-        shown = Counter()
         for reason, count in sorted(dataset["bad"].items()):
-            examples = [line["message"] for line in dataset["bad_lines"] if line["reason"] == reason][:EXAMPLES]
-            shown[reason] = count
-            table.add_row(escape(dataset["name"]), reason, f"{count:,}", escape("\n".join(examples)))
+            table.add_row(escape(dataset["name"]), reason, f"{count:,}")
+            lines = (line["message"] for line in dataset["bad_lines"] if line["reason"] == reason)
+            examples += [(message, reason) for message in islice(lines, EXAMPLES)]
     screen.print(table)
+    for message, reason in examples:
+        _say(screen, f"{message} ({reason})")
+
+
+def _say(screen, text, style=None):
+    """Print a sentence in one line, however long, so that it can be searched."""
+    from rich.text import Text
+
+    screen.print(Text(text, style=style or ""), soft_wrap=True)
 
 
 def _count(text):

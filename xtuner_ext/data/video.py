@@ -10,7 +10,6 @@ import os
 import re
 from pathlib import Path
 
-import av
 import numpy as np
 from PIL import Image
 
@@ -23,7 +22,6 @@ SEEK_SECONDS = 5.0
 # Clips are annotated in rounded seconds.
 CLIP_TOLERANCE = 1.0
 FRAME_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-_UNREADABLE = (av.error.FFmpegError, OSError, ValueError, SyntaxError, EOFError, LookupError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +105,8 @@ class FrameSampling:
         if clip is not None:
             if clip[0] * fps >= total or clip[1] > total / fps + CLIP_TOLERANCE:
                 raise ValueError(f"'clip' is {list(clip)}, expected times within its {total / fps:.2f} seconds")
-            first, last = int(clip[0] * fps), min(total, math.ceil(clip[1] * fps))
+            # Not by what a product is wrong in its last digits.
+            first, last = math.floor(clip[0] * fps + 1e-6), min(total, math.ceil(clip[1] * fps - 1e-6))
         count = last - first
         if self.rate:
             seconds = (np.arange(self.max_frames) + 0.5) / self.rate
@@ -188,12 +187,20 @@ def _video(path, where, sampling):
             with Image.open(path) as image:
                 yield _Gif(image)
         else:
+            import av
+
             with av.open(os.fspath(path)) as container:
                 yield _Container(container)
     except FileNotFoundError as error:
         raise BadSample(f"{where}: video {path} does not exist", "missing_file") from error
-    except _UNREADABLE as error:
+    except _unreadable() as error:
         raise BadSample(f"{where}: {path} is not a readable video: {error}", "unreadable_video") from error
+
+
+def _unreadable():
+    import av
+
+    return (av.error.FFmpegError, OSError, ValueError, SyntaxError, EOFError, LookupError)
 
 
 class _Folder:
@@ -234,6 +241,9 @@ class _Container:
     """The first video stream of a file that FFmpeg reads; frames are found by their times."""
 
     def __init__(self, container):
+        # Takes its time, and only those who have videos need it.
+        import av
+
         if not container.streams.video:
             raise ValueError("it has no video stream")
         self.container, self.stream = container, container.streams.video[0]
@@ -263,9 +273,7 @@ class _Container:
             # The frame that is shown in the middle of this one's time.
             target = (number + 0.5) / self.fps
             if self.seekable and target - position > SEEK_SECONDS:
-                offset = round((target + self.start) / self.stream.time_base)
-                self.container.seek(offset, stream=self.stream)
-                frames, ahead = self._decode(None), None
+                frames, ahead = self._seek(target)
             while True:
                 ahead = ahead or next(frames, None)
                 if ahead is None or (current is not None and ahead[0] > target):
@@ -277,6 +285,19 @@ class _Container:
             if self.known_end and ahead is None and target - position > max(CLIP_TOLERANCE, 5 / self.fps):
                 raise ValueError(f"it ends after {position:.2f} of {self.total / self.fps:.2f} seconds")
             yield _upright(current[1])
+
+    def _seek(self, target):
+        """Frames from a key frame before a time on, and the first of them."""
+        back = 0.0
+        while True:
+            begin = max(0.0, target - back)
+            self.container.seek(round((begin + self.start) / self.stream.time_base), stream=self.stream)
+            frames = self._decode(None)
+            ahead = next(frames, None)
+            if begin == 0 or (ahead is not None and ahead[0] <= target):
+                return frames, ahead
+            # Without an index, as in MPEG-TS, the first key frame after the place that was guessed is found.
+            back = 2 * back or 1.0
 
     def _decode(self, number):
         """Time in seconds and frame, of all from here on; ``number`` counts where the file has no times."""
