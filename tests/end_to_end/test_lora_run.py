@@ -49,8 +49,7 @@ def train(internvl2, student, digits, tmp_path_factory):  # noqa: F811
             f"train_dataloader.sampler.cache_dir={folder / 'lengths'}",
             "default_hooks.logger.interval=1",
             "log_processor.window_size=1",
-            "train_cfg.max_epochs=None",
-            f"train_cfg.max_iters={iterations}",
+            *([] if iterations is None else ["train_cfg.max_epochs=None", f"train_cfg.max_iters={iterations}"]),
             *options,
         ]
         config = ROOT / "projects" / "internvl" / f"{name}.py"
@@ -70,8 +69,9 @@ def losses(work_dir):
 
 
 @pytest.mark.parametrize("name", ["internvl2_2b_qlora", "student_lora"])
-def test_a_shipped_config_trains_converts_and_merges(train, internvl2, student, tmp_path, name):  # noqa: F811
-    run_dir = train(name, tmp_path / "run", iterations=4)
+def test_a_shipped_config_trains_converts_and_merges(train, internvl2, student, digits, tmp_path, name):  # noqa: F811
+    # One epoch of twelve samples: three iterations of four, rounded up to one optimizer step of sixteen.
+    run_dir = train(name, tmp_path / "run", f"train_dataloader.dataset.meta={digits / 'test.json'}", iterations=None)
     assert len(losses(run_dir)) == 4
     # The run's own config, which holds what the command line changed.
     config, checkpoint = str(run_dir / f"{name}.py"), str(run_dir / "iter_4.pth")

@@ -127,10 +127,11 @@ def pth_to_hf(config, checkpoint, out, fp32=False, max_shard_size="2GB"):
     if found and found.get("stage") != ours.get("stage"):
         stages = [f"stage {d['stage']}" if "stage" in d else "fine-tuning" for d in (found, ours)]
         raise UserError(f"checkpoint {checkpoint} comes from {stages[0]}, the config is of {stages[1]}")
-    for key in ("layer_types", "mixer", "teacher", "lora"):
+    for key in ("layer_types", "mixer", "teacher", "base", "lora"):
         if found and found.get(key) != ours.get(key):
             raise UserError(
-                f"checkpoint {checkpoint} was trained with another {key}: {found.get(key)}, the config has {ours.get(key)}"
+                f"checkpoint {checkpoint} was trained with another {key}: {found.get(key)}, "
+                f"the config has {ours.get(key)}"
             )
     missing, surplus = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
     if missing or surplus:

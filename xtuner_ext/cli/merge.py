@@ -140,7 +140,7 @@ def stock_merge(argv):
     parser.add_argument("--max-shard-size", default="2GB", help="largest weight file")
     parser.add_argument("--is-clip", action="store_true", help="the base is a CLIP vision tower")
     parser.add_argument("--safe-serialization", action="store_true", help="accepted; safetensors is always written")
-    parser.add_argument("--device", default="cpu", choices=("cuda", "cpu", "npu", "auto"), help="accepted; a CPU merges")
+    parser.add_argument("--device", default="cpu", choices=("cuda", "cpu", "npu", "auto"), help="ignored: a CPU merges")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the base folder's own code")
     args = parser.parse_args(argv)
     from .convert import refuse_foreign_folder
