@@ -269,3 +269,18 @@ def test_samples_that_were_too_long_for_the_cache_are_found_before_training(conf
     assert run(argv) == 2
     assert f"it was made with max_length {longest} and 60 lines" in capsys.readouterr().err
     assert not list((tmp_path / "run").glob("*.pth"))
+
+
+def test_bad_samples_that_may_be_left_out_are_in_no_cache(config, tmp_path, digits):
+    lines = (digits / "train.jsonl").read_text().splitlines()
+    (tmp_path / "torn.png").write_bytes(next((digits / "images").iterdir()).read_bytes()[:60])
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "red"}]
+    lines[4] = json.dumps({"image": str(tmp_path / "torn.png"), "conversations": turns})
+    lines[9] = "{"
+    (tmp_path / "bad.jsonl").write_text("\n".join(lines))
+    (tmp_path / "bad.json").write_text(json.dumps({"d": {"annotation": "bad.jsonl", "root": str(digits)}}))
+    options = [f"train_dataloader.dataset.meta={tmp_path / 'bad.json'}"]
+    config.write_text(config.read_text() + 'train_dataloader["dataset"]["max_bad_fraction"] = 0.1\n')
+    assert write(config, tmp_path / "cache", "--cfg-options", *options) == 0
+    assert json.loads((tmp_path / "cache" / "teacher_cache.json").read_text())["samples"] == 58
+    train(config, tmp_path / "run", *options, f"model.teacher_cache={tmp_path / 'cache'}")

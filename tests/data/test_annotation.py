@@ -233,3 +233,58 @@ def test_workers_and_pickled_copies_read_the_same(folder):
     copy = pickle.loads(pickle.dumps(found))
     assert expected == [f"q{n}" for n in range(5)] == [copy[index] for index in range(5)]
     assert [text for batch in DataLoader(found, batch_size=2, num_workers=2) for text in batch] == expected
+
+
+@pytest.mark.parametrize(
+    "question, expected",
+    [
+        ("what?", "<video>\nwhat?"),
+        ("<video>\nwhat?", "<video>\nwhat?"),
+        # InternVL replaces a placeholder only where a new line follows.
+        ("<video> what?", "<video> what?"),
+        ("what is <video>", "what is <video>"),
+    ],
+)
+def test_a_video_gets_one_placeholder(folder, question, expected):
+    item = {"video": "a.png", "clip": [1, 2.5], "conversations": turns(question, "a", "and?", "b")}
+    (record,) = annotations(folder, item)
+    assert record.turns == [(expected, "a"), ("and?", "b")]
+    assert (record.video, record.clip, record.images, record.kind) == (folder / "a.png", (1.0, 2.5), [], "video")
+
+
+def test_a_video_may_come_in_a_later_turn_and_be_a_folder(folder):
+    item = {"video": ".", "clip": None, "image": None, "conversations": turns("hi", "a", "see <video>", "b")}
+    (record,) = annotations(folder, item)
+    assert record.turns == [("hi", "a"), ("see <video>", "b")] and record.clip is None
+
+
+def test_kinds(folder):
+    lines = [GOOD, {"text": "t"}, {"image": "a.png", **GOOD}, {"image": ["a.png"], **GOOD}, {"video": "a.png", **GOOD}]
+    several = {"image": ["a.png", "b.png"], "conversations": turns("<image><image>", "a")}
+    found = annotations(folder, *lines, several)
+    assert [found[index].kind for index in range(6)] == ["text", "text", "image", "image", "video", "images"]
+    assert found.has_video and not annotations(folder, GOOD).has_video
+
+
+def test_a_file_is_looked_for_once(folder, monkeypatch):
+    import os
+
+    looked, stat = [], os.stat
+    monkeypatch.setattr(
+        "xtuner_ext.data.annotation.os.stat", lambda path, **kwargs: looked.append(str(path)) or stat(path, **kwargs)
+    )
+    annotations(folder, *[{"image": "a.png", **GOOD}] * 5, {"image": "b.png", **GOOD}, {"image": "a.png", **GOOD})
+    assert [path for path in looked if path.endswith("png")] == [str(folder / "a.png"), str(folder / "b.png")]
+
+
+def test_indices_do_not_depend_on_which_lines_are_bad(folder):
+    path, found = folder / "data.jsonl", []
+    path.write_text("\n".join([json.dumps({"image": "gone.png", **GOOD}), "", "{", json.dumps(GOOD)]))
+    read = JsonlAnnotations(path, folder, lambda *where: found.append(where))
+    assert (len(read), read.good.tolist(), read.number(2), read[2].where) == (3, [2], 4, f"{path}:4")
+    assert [(index, number, error.reason) for index, number, error in found] == [(0, 1, "missing_file"), (1, 3, "json")]
+
+
+def test_text_outside_the_basic_plane_is_read_however_it_is_written(folder):
+    (record,) = annotations(folder, {"text": "\U0001f600"})
+    assert record.text == "\U0001f600" and "\\ud83d" in (folder / "data.jsonl").read_text()

@@ -31,9 +31,11 @@ def test_tiles_are_joined_in_the_order_of_samples():
     assert batch["data"]["input_ids"].tolist() == [[1, 2], [3, 9], [4, 9]]
 
 
-def test_keys_are_listed_in_reading_order():
-    one, two = ({**sample([1], [1], 0), "keys": keys} for keys in ([("a", 3)], [("a", 1), ("b", 0)]))
-    assert conversation_collate([two, one])["data_samples"] == [("a", 1), ("b", 0), ("a", 3)]
+def test_what_goes_along_is_listed_in_reading_order():
+    facts = ({"keys": [("a", 3)], "skipped": ["s"]}, {"keys": [("a", 1), ("b", 0)], "looked_at": [(0, 1)]})
+    one, two = ({**sample([1], [1], 0), **fact} for fact in facts)
+    expected = {"keys": [("a", 1), ("b", 0), ("a", 3)], "looked_at": [(0, 1)], "skipped": ["s"]}
+    assert conversation_collate([two, one])["data_samples"] == expected
 
 
 def test_batch_of_text_has_no_tiles():

@@ -10,8 +10,11 @@ from PIL import Image
 
 from xtuner_ext.data.collate import conversation_collate
 from xtuner_ext.data.dataset import ConversationDataset
-from xtuner_ext.errors import UserError
+from xtuner_ext.data.video import read_frames
+from xtuner_ext.errors import BadSample, UserError
 from xtuner_ext.modeling.processing import HybridVLProcessor
+
+from .malformed import write_video
 
 
 @pytest.fixture
@@ -160,3 +163,93 @@ def test_text_with_an_end_needs_an_end_token(build, processor):
     dataset = build([{"text": "a", "end": True}])
     with pytest.raises(UserError, match="d.jsonl:1: 'end' is true, but the tokenizer has no end-of-sequence token"):
         dataset[0]
+
+
+@pytest.fixture
+def video(tmp_path):
+    """A video of two seconds, ``film.mp4``."""
+    write_video(tmp_path / "film.mp4")
+    return {"video": "film.mp4"}
+
+
+@pytest.mark.parametrize("question", ["<video>\nWhat?", "Look: <video> What?", "What?"])
+def test_video_is_shown_frame_by_frame(build, processor, tmp_path, video, question):
+    frames = {"sampling": "middle", "min_frames": 3, "max_frames": 3}
+    dataset = build([{**line(question, "red"), **video}], frames=frames)
+    sample, image = dataset[0], "<img>" + "<IMG_CONTEXT>" * 16 + "</img>"
+    shown = "\n".join(f"Frame-{number}: {image}" for number in (1, 2, 3))
+    asked = question.replace("<video>", shown) if "<video>" in question else f"{shown}\nWhat?"
+    assert processor.tokenizer.decode(sample["input_ids"]) == (
+        f"<s><|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\nred<|im_end|>"
+    )
+    chosen = read_frames(tmp_path / "film.mp4", "", dataset.frames)
+    torch.testing.assert_close(
+        sample["pixel_values"], torch.cat([processor.tiles(frame, max_tiles=1) for frame in chosen])
+    )
+    assert sample["pixel_values"].shape == (3, 3, 64, 64)
+    assert dataset.count_tokens(0, 0) == len(sample["input_ids"])
+
+
+def test_frames_follow_seed_and_line_alone(build, video):
+    def pixels(seed, index=0):
+        frames = {"min_frames": 2, "max_frames": 6}
+        return build([{**line("What?"), **video}] * 6, seed=seed, frames=frames)[index]["pixel_values"]
+
+    assert torch.equal(pixels(0), pixels(0))
+    assert len({len(pixels(0, index)) for index in range(6)}) > 1
+    assert any(not torch.equal(a, b) for a, b in zip(pixels(0), pixels(1)))
+
+
+def test_a_video_that_is_too_long_is_not_decoded(build, video, monkeypatch):
+    monkeypatch.setattr("xtuner_ext.data.dataset.read_frames", lambda *_: pytest.fail("decoded"))
+    dataset = build([{**line("What?"), **video}], max_length=200)
+    with pytest.raises(BadSample, match="d.jsonl:1: [0-9]+ tokens, more than max_length=200") as caught:
+        dataset.encode(0)
+    assert caught.value.reason == "too_long"
+
+
+@pytest.mark.parametrize("media", [{"image": "wide.png"}, {"video": "film.mp4"}])
+def test_a_text_model_takes_neither_images_nor_videos(build, processor, video, media):
+    processor.tokens_per_tile = 0
+    dataset = build([line("q"), {**line("What?"), **media}], max_bad_fraction=0.6)
+    assert [entry.reason for entry in dataset[1]["skipped"]] == ["no_images_allowed"]
+    with pytest.raises(BadSample, match="d.jsonl:2: names .*, but the model has no image front end"):
+        dataset.encode(1)
+
+
+def test_augmentation_follows_seed_and_line_alone(build, tmp_path):
+    noise = torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    Image.fromarray(noise.numpy()).save(tmp_path / "noise.png")
+
+    def pixels(seed, augment=True, index=0):
+        return build([line("a", image="noise.png")] * 9, {"data_augment": augment}, seed=seed)[index]["pixel_values"]
+
+    plain = pixels(0, augment=False)
+    assert torch.equal(pixels(0), pixels(0)) and not torch.equal(pixels(0), plain)
+    assert any(not torch.equal(pixels(0), pixels(0, index=index)) for index in range(1, 9))
+    assert any(not torch.equal(pixels(0), pixels(seed)) for seed in range(1, 9))
+    assert torch.equal(pixels(0, augment=False, index=1), plain)
+
+
+@pytest.mark.parametrize("length, warned", [(2, False), (None, False), (5, True)])
+def test_a_length_that_is_none_is_warned_of(build, caplog, monkeypatch, length, warned):
+    monkeypatch.setattr(MMLogger.get_current_instance(), "handlers", [caplog.handler])
+    build([line("a"), line("b")], {"length": length})
+    assert ("d.json: dataset 'd' has length 5, but" in caplog.text and "has 2 lines" in caplog.text) == warned
+
+
+def test_only_bad_samples_are_an_error(build, tmp_path):
+    (tmp_path / "text.png").write_text("no image")
+    dataset = build([line("a", image="text.png")] * 3, max_bad_fraction=1.0)
+    with pytest.raises(UserError, match="every sample is bad; the first is .*d.jsonl:1: .*text.png is not a readable"):
+        dataset[0]
+    with pytest.raises(UserError, match="gives no sample, every line is bad"):
+        build([{"txt": "a"}], max_bad_fraction=1.0)
+
+
+def test_bad_lines_above_the_limit_are_an_error_at_once(build):
+    lines = [line("a"), {"txt": "b"}, line("c"), line("d", image="gone.png")]
+    assert len(build(lines, max_bad_fraction=0.5)) == 2
+    message = r"50.00% of 4 lines of .*d.json are bad samples, .*: 1 format, 1 missing_file; the first is .*d.jsonl:2: "
+    with pytest.raises(UserError, match=message):
+        build(lines, max_bad_fraction=0.4)

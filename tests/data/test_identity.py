@@ -17,14 +17,15 @@ LINES = [
 
 @pytest.fixture
 def build(tmp_path, digits_processor):
-    def build(folder="a", lines=LINES, fields=(), template="internlm2_chat", **settings):
+    def build(folder="a", lines=LINES, fields=(), template="internlm2_chat", dataset=(), **settings):
         folder = tmp_path / folder
         folder.mkdir(exist_ok=True)
         Image.new("RGB", (32, 32), "red").save(folder / "red.png")
+        (folder / "film.mp4").write_bytes(b"read later")
         (folder / "d.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
         (folder / "d.json").write_text(json.dumps({"d": {"annotation": "d.jsonl", **dict(fields)}}))
         processor = HybridVLProcessor(digits_processor.tokenizer, **{"image_size": 32, "tokens_per_tile": 4, **settings})
-        return ConversationDataset(folder / "d.json", processor, template)
+        return ConversationDataset(folder / "d.json", processor, template, **dict(dataset))
 
     return build
 
@@ -53,3 +54,22 @@ def test_whatever_changes_a_sample_changes_the_name(build, key, change):
 def test_a_description_survives_json(build):
     (description,) = describe_sources(build())
     assert json.loads(json.dumps(description)) == description
+
+
+FILM = [{**LINES[0], "image": None, "video": "film.mp4"}]
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"frames": {"max_frames": 9}}], ids=["seed", "frames"])
+def test_what_draws_samples_matters_where_something_is_drawn(build, change):
+    def name(lines, **fields):
+        return [build(lines=lines, fields=fields, dataset=settings).fingerprints for settings in ({}, change)]
+
+    plain, films, augmented = name(LINES), name(FILM), name(LINES, data_augment=True)
+    assert plain[0] == plain[1] != augmented[0] and films[0] != films[1]
+    assert (augmented[0] == augmented[1]) == ("frames" in change)
+
+
+def test_a_line_keeps_its_name_when_another_is_left_out(build):
+    lines = [{"conversations": []}, *LINES]
+    dataset = build(lines=lines, dataset={"max_bad_fraction": 0.5})
+    assert [dataset[index]["keys"][0][1] for index in range(3)] == [1, 2, 3]

@@ -10,9 +10,11 @@ import torch
 from PIL import Image
 
 from xtuner_ext.data.dataset import ConversationDataset
-from xtuner_ext.data.lengths import sample_lengths
+from xtuner_ext.data.lengths import UNKNOWN, sample_lengths
 from xtuner_ext.errors import UserError
 from xtuner_ext.modeling.processing import HybridVLProcessor
+
+from .malformed import write_video
 
 ORIENTATION = 0x0112
 # Aspect ratio 2.24: two tiles lying, ten standing.
@@ -45,6 +47,7 @@ def build(tmp_path, digits_processor):
     save_turned(tmp_path / "turned.jpg", ODD)
     save_turned(tmp_path / "turned.webp", ODD)
     save_png_with_late_exif(tmp_path / "late.png", ODD)
+    write_video(tmp_path / "film.mp4")
     Image.new("RGB", ODD).save(tmp_path / "odd.png")
 
     def build(lines, fields=(), settings=(), template="internlm2_chat", **kwargs):
@@ -70,6 +73,7 @@ LINES = [
     {"conversations": line("one")["conversations"] + line("two, longer")["conversations"]},
     {"text": "Plain <image> words.", "end": True},
     {"text": "More"},
+    *({**line(f"And {number}: <video>", "yes"), "video": "film.mp4", "clip": [0, 1.5]} for number in range(3)),
 ]
 
 
@@ -157,10 +161,22 @@ def test_processes_share_the_work_and_agree(build, tmp_path):
     dataset = build(LINES)
     expected = sample_lengths(dataset)
     torch.multiprocessing.spawn(_count_in_a_process, (tmp_path, dataset.processor), nprocs=2)
-    for rank, share in enumerate((6, 5)):
+    for rank, share in enumerate((7, 7)):
         for turn in range(2):
             assert (np.load(tmp_path / f"{rank}_{turn}.npy") == expected).all()
             assert np.load(tmp_path / f"{rank}_{turn}_counted.npy") == share
+
+
+def test_samples_that_cannot_be_counted_are_known_by_their_length(build, tmp_path):
+    (tmp_path / "text.png").write_text("no image")
+    lines = [line("a"), line("b", image="text.png"), line("c")]
+    lengths = sample_lengths(build(lines, max_bad_fraction=0.5), tmp_path / "kept")
+    assert (lengths == UNKNOWN).tolist() == [False, True, False]
+    with pytest.raises(UserError, match="d.jsonl:2: .*text.png is not a readable image"):
+        sample_lengths(build(lines))
+    # One that was repaired is counted.
+    Image.new("RGB", (64, 64)).save(tmp_path / "text.png")
+    assert sample_lengths(build(lines), tmp_path / "kept").min() > 0
 
 
 def test_a_damaged_file_is_replaced(build, tmp_path):

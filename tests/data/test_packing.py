@@ -149,3 +149,52 @@ def test_rows_collate_with_padding_as_a_segment_of_its_own(mixed):
     assert not set(data["segment_ids"][0, length:].tolist()) & set(short["segment_ids"].tolist())
     assert (data["labels"][0, length:] == -100).all()
     assert data["pixel_values"].shape[0] == short["pixel_values"].shape[0] + long["pixel_values"].shape[0]
+
+
+@pytest.fixture
+def doubtful(build, tmp_path):
+    """Function that opens 30 lines, of which one is broken, one too long, one has no header and two a torn image."""
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "whole.png")
+    (tmp_path / "torn.png").write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
+    (tmp_path / "text.png").write_text("no image")
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "red"}]
+    lines = [{"text": f"text {number}"} for number in range(30)]
+    lines[3], lines[7] = {"txt": "broken"}, {"text": "many words " * 40}
+    lines[11] = {"conversations": turns, "image": "text.png"}
+    lines[13] = lines[17] = {"conversations": turns, "image": "torn.png"}
+    return lambda **kwargs: build(lines, **kwargs)
+
+
+def test_bad_samples_are_in_no_row_or_leave_a_gap(doubtful):
+    packed = PackedDataset(doubtful(max_bad_fraction=0.2), 60)
+    assert [(entry.line, entry.reason) for entry in packed.bad] == [
+        *((4, "format"), (8, "too_long"), (12, "unreadable_image"))
+    ]
+    assert packed.skipped == 2
+    rows = [packed[row] for row in range(len(packed))]
+    skipped = [entry for row in rows for entry in row["skipped"]]
+    assert sorted((entry.line, entry.reason) for entry in skipped) == [(14, "unreadable_image"), (18, "unreadable_image")]
+    lines = [line for row in rows for _, line in row["keys"]]
+    assert sorted(lines) == sorted(set(range(30)) - {3, 7, 11, 13, 17})
+    assert sorted(line for row in rows for _, line in row["looked_at"]) == sorted(set(range(30)) - {3, 7, 11})
+    for row in rows:
+        assert row["segment_ids"].unique().tolist() == list(range(len(row["keys"])))
+
+
+def test_a_row_of_bad_samples_is_replaced_by_the_next(doubtful):
+    dataset = doubtful(max_bad_fraction=0.2)
+    # Rows that just hold an image.
+    packed = PackedDataset(dataset, dataset.count_tokens(0, 13))
+    rows = [packed[row] for row in range(len(packed)) if dataset.index[packed.samples(row)[0], 1] in (13, 17)]
+    assert len(rows) == 2
+    for row in rows:
+        assert row["keys"] and row["skipped"] and len(row["looked_at"]) == len(row["keys"]) + len(row["skipped"])
+
+
+def test_more_bad_samples_than_allowed_are_refused_before_rows_are_made(doubtful):
+    doubtful(max_bad_fraction=0.05)
+    with pytest.raises(UserError, match="10.00% of 30 lines are bad samples, .*: 1 format, 1 too_long, 1 unreadable_image"):
+        PackedDataset(doubtful(max_bad_fraction=0.05), 60)
+    with pytest.raises(UserError, match="d.jsonl:4: is an object with"):
+        PackedDataset(doubtful(), 60)

@@ -5,8 +5,10 @@ import json
 import pytest
 from PIL import Image
 
+from tests.data.malformed import write_video
 from xtuner_ext.data.dataset import ConversationDataset
 from xtuner_ext.data.templates import get_template
+from xtuner_ext.data.video import FrameSampling, read_frames
 from xtuner_ext.errors import UserError
 from xtuner_ext.evaluation.runner import answer, read_questions, render, stop_token_ids
 
@@ -44,6 +46,29 @@ def test_every_turn_is_a_question_with_the_gold_history_and_its_images(conversat
     assert names == [[], ["a.png"], ["a.png", "b.png"]]
     assert (text["category"], second["category"]) == ("t", "all")
     assert second["where"].endswith("d.jsonl:3")
+
+
+def test_videos_are_asked_about_frame_by_frame(tmp_path, digits_processor, tiny_model):
+    write_video(tmp_path / "film.mp4")
+    turns = _turns("hello", "A1", "<video> What?", "A2", "And then?", "A3")
+    line = {"id": "film", "video": "film.mp4", "clip": [0.5, 1.5], "conversations": turns}
+    (tmp_path / "d.jsonl").write_text(json.dumps(line))
+    (tmp_path / "d.json").write_text(json.dumps({"d": {"annotation": "d.jsonl"}}))
+    before, here, after = questions = read_questions(tmp_path / "d.json")
+    assert [question["video"] for question in questions] == [None, *[tmp_path / "film.mp4"] * 2]
+    template, model, frames = get_template("internlm2_chat"), tiny_model(), {"sampling": "middle", "max_frames": 9}
+    rows = answer(model, digits_processor, template, questions, 3, 4, frames=frames)
+    assert rows == answer(model, digits_processor, template, questions, 1, 4, frames=frames)
+    shown = "\n".join(f"Frame-{number}: <image>" for number in range(1, 10))
+    assert rows[0]["prompt"].count("<image>") == 0 and f"{shown} What?" in rows[1]["prompt"]
+    assert rows[2]["prompt"].count("<image>") == 9 and rows[1]["question"] == "<video> What?"
+    # What is seen is what is trained on: the same tokens and tiles.
+    dataset = ConversationDataset(tmp_path / "d.json", digits_processor, "internlm2_chat", frames=frames)
+    pictures = list(read_frames(tmp_path / "film.mp4", "", FrameSampling.of(frames), (0.5, 1.5)))
+    inputs = digits_processor([rows[2]["prompt"]], images=[pictures], max_tiles=[1])
+    sample = dataset._encode(dataset.record(0), [1] * 9)[0].tolist()
+    asked = inputs["input_ids"][0].tolist()
+    assert sample[: len(asked)] == asked and inputs["pixel_values"].shape[0] == 9
 
 
 def test_plain_text_asks_nothing(conversations):

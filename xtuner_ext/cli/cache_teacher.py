@@ -115,7 +115,7 @@ def cache_teacher(config, out, top_k=64, dtype="float16", batch_size=16, shard_s
 
 
 class _Encoded:
-    """The samples at some positions, None where one is too long."""
+    """The samples at some positions, None where one is left out."""
 
     def __init__(self, dataset, positions):
         self.dataset, self.positions = dataset, positions
@@ -124,7 +124,7 @@ class _Encoded:
         return len(self.positions)
 
     def __getitem__(self, number):
-        return self.dataset.encode(self.positions[number])
+        return self.dataset.attempt(self.positions[number])[0]
 
 
 def _loader(dataset, positions, batch_size, workers):
@@ -151,7 +151,7 @@ def _targets(teacher, batch, divergence, top_k, dataset):
 
     if batch is None:
         return []
-    keys = batch["data_samples"]
+    keys = batch["data_samples"]["keys"]
     data = {name: tensor.to(teacher.device) for name, tensor in batch["data"].items()}
     rows = supervised_rows(data["input_ids"], data.pop("labels"), data["attention_mask"], divergence["tokens"])
     embeds = teacher.embed(data.pop("input_ids"), data.pop("pixel_values"))

@@ -21,6 +21,7 @@ def parse_args(argv):
     parser.add_argument("--llava", help="folder that `convert pth_to_hf` made of a LLaVA with this language model")
     parser.add_argument("--visual-encoder", help="with --llava: folder of the vision tower, where it was not tuned")
     parser.add_argument("--visual-select-layer", type=int, default=-2, help="with --llava: layer of the tower that is read")
+    parser.add_argument("--adapter", help="folder of an adapter that was tuned beside this model")
     parser.add_argument("--image", action="append", default=[], help="image of the first question; may be repeated")
     parser.add_argument("--prompt", help="ask this once, print the answer and leave")
     parser.add_argument("--prompt-template", help="conversation template (default: the model's own)")
@@ -42,12 +43,16 @@ def parse_args(argv):
 
 def belongs_to_stock(argv):
     """bool: Whether the command line names a model or option that only stock ``xtuner chat`` handles."""
-    stock_only = {"--adapter", "--bits", "--with-plugins", "--lagent", "--offload-folder", "--system-template"}
+    stock_only = {"--bits", "--with-plugins", "--lagent", "--offload-folder", "--system-template"}
     if any(word.split("=", 1)[0] in stock_only for word in argv):
         return True
     if {"-h", "--help"} & set(argv):
         return False
-    positional = parse_args(argv).model_name_or_path
+    args = parse_args(argv)
+    positional = args.model_name_or_path
+    if args.adapter is not None and not (Path(args.adapter) / "base_model.json").is_file():
+        # Of XTuner's own, for models in their own classes.
+        return True
     from ..convert.teacher import read_model_config, resolve_folder
 
     folder = resolve_folder(positional)
@@ -89,7 +94,10 @@ def main(argv):
         if args.visual_encoder is not None:
             raise UserError(f"--visual-encoder {args.visual_encoder} is a part of a LLaVA, whose folder --llava names")
         model, processor = load_model(
-            args.model_name_or_path, args.torch_dtype, trust_remote_code=args.trust_remote_code
+            args.model_name_or_path,
+            args.torch_dtype,
+            trust_remote_code=args.trust_remote_code,
+            adapter=args.adapter,
         )
         _, template = choose_template(args.prompt_template, model, processor, args.model_name_or_path)
     else:

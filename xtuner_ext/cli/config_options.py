@@ -14,7 +14,7 @@ RUNNER_KEYS = frozenset(
     "model work_dir train_dataloader val_dataloader test_dataloader train_cfg val_cfg test_cfg "
     "auto_scale_lr optim_wrapper param_scheduler val_evaluator test_evaluator default_hooks "
     "custom_hooks data_preprocessor load_from resume launcher env_cfg log_processor log_level "
-    "visualizer default_scope randomness experiment_name".split()
+    "visualizer default_scope randomness experiment_name total_batch_size save_steps".split()
 )
 SETTABLE_WHEN_ABSENT = frozenset({"work_dir", "load_from", "resume"})
 

@@ -89,7 +89,7 @@ def evaluate_folder(
     _check_replaceable(Path(out))
     questions = read_questions(data, limit)
     network, processor = load_model(model, dtype, trust_remote_code=trust_remote_code)
-    with_image = next((question["where"] for question in questions if question["images"]), None)
+    with_image = next((q["where"] for q in questions if q["images"] or q["video"] is not None), None)
     if with_image and network.config.vision is None:
         raise UserError(f"{model} has no image front end, but {with_image} asks about an image")
     name, template = choose_template(prompt_template, network, processor, model)

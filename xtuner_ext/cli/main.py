@@ -9,6 +9,7 @@ import importlib.util
 import logging
 import os
 import random
+import re
 import select
 import signal
 import subprocess
@@ -256,7 +257,7 @@ def _sentence(error):
         error = error.__cause__ or error.__context__
     text = str(error)
     # A DataLoader worker hands its traceback over inside the message.
-    return text.rpartition("UserError: ")[2].strip() if "Original Traceback" in text else text
+    return re.split("(?:UserError|BadSample): ", text)[-1].strip() if "Original Traceback" in text else text
 
 
 def _lines(verbs):

@@ -103,7 +103,8 @@ def adapter_of_run(work_dir, out):
     from .config_options import load_config
     from .convert import pth_to_hf
 
-    configs = sorted(work_dir.glob("*.py"), key=lambda path: path.stat().st_mtime)
+    # MMEngine keeps what each start of a run was given; DeepSpeed puts scripts of its own beside the checkpoints.
+    configs = sorted(work_dir.glob("*/vis_data/config.py"))
     if not configs or not (work_dir / "last_checkpoint").is_file():
         raise UserError(
             f"{work_dir} holds neither adapter_config.json nor a training run: expected a config and last_checkpoint"

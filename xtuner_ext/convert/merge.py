@@ -86,14 +86,17 @@ def attach(model, config, state, where):
     Raises:
         UserError: When the model lacks a layer that the adapter has, or has it in another shape.
     """
-    config.inference_mode = True
+    # No task: its wrapper would ask more of the model than layers.
+    config.inference_mode, config.task_type = True, None
     # Else PEFT warns that the base has changed its name.
     model.name_or_path = config.base_model_name_or_path
     try:
         tuned = get_peft_model(model, config, autocast_adapter_dtype=False)
     except ValueError as error:
         raise UserError(f"adapter {where} belongs to another model: {str(error).splitlines()[0]}") from error
-    expected = {key: tuple(value.shape) for key, value in get_peft_model_state_dict(tuned).items()}
+    # Else PEFT would look for the base's vocabulary in a config.json that it may not understand.
+    expected = get_peft_model_state_dict(tuned, save_embedding_layers=False)
+    expected = {key: tuple(value.shape) for key, value in expected.items()}
     missing, surplus = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
     if missing or surplus:
         what = f"misses {missing[0]}" if missing else f"has {surplus[0]}, which the base model has no layer for"
@@ -124,7 +127,7 @@ def merge_weights(model, config, state, where, probe):
     Raises:
         UserError: When the adapter belongs to another model, or the merged model gives other logits.
     """
-    keys = set(model.state_dict())
+    keys, tied = set(model.state_dict()), getattr(model.config, "tie_word_embeddings", False)
     tuned = attach(model, config, state, where)
     expected = probe(tuned.base_model.model)
     merged = tuned.merge_and_unload()
@@ -132,8 +135,10 @@ def merge_weights(model, config, state, where, probe):
         wrong = sorted(set(merged.state_dict()) ^ keys)
         raise UserError(f"merging {where} left other weights than the base model's, first {wrong[0]}")
     merged.requires_grad_(False)
-    # A head that is the embedding was saved once for each.
-    merged.tie_weights()
+    # A head that is the embedding was saved once for each, and PEFT parts them.
+    if tied:
+        merged.config.tie_word_embeddings = True
+        merged.tie_weights()
     difference = relative_difference(expected, probe(merged))
     check_parity("the merged model", difference, MERGE_TOLERANCE, where)
     return merged, difference
@@ -265,9 +270,11 @@ def merge_transformers(model_class, base, adapter, out, write_processor, probe, 
     """
     config, state, _ = read_adapter(adapter)
     try:
-        model = model_class.from_pretrained(base, dtype="auto", **options)
+        model, info = model_class.from_pretrained(base, dtype="auto", output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{base} does not load: {str(error).splitlines()[0]}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(f"{base} does not hold the weights of a {type(model).__name__}, the first is {missing[0]}")
     dtype = model.dtype
     merged, difference = merge_weights(model.float().eval(), config, state, adapter, probe)
     merged = merged.to(dtype)

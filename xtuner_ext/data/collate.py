@@ -5,6 +5,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .masking import IGNORE_INDEX
 
+# What goes along with samples, for those who ask which they are.
+FACTS = ("keys", "looked_at", "skipped")
 # Samples of a row are numbered from 0.
 PADDING_SEGMENT = -1
 
@@ -14,14 +16,15 @@ def conversation_collate(samples, pad_token_id=0):
 
     Args:
         samples (list[dict]): ``input_ids`` (L,), ``labels`` (L,), ``pixel_values`` (T, 3, S, S), and
-            ``segment_ids`` (L,) where samples are packed into rows; perhaps ``keys`` that name them.
+            ``segment_ids`` (L,) where samples are packed into rows; perhaps ``keys`` that name them, and the lines
+            that were ``looked_at`` and ``skipped`` on the way to them.
         pad_token_id (int): Fills ``input_ids``; masked, so any id will do.
 
     Returns:
         dict: MMEngine's ``{"data": ..., "data_samples": ...}`` with ``input_ids``, ``labels`` and
         ``attention_mask`` (B, L) and the tiles of all samples, (T, 3, S, S); of packed rows also
-        ``segment_ids`` (B, L), in which padding is a segment of its own. ``data_samples`` lists the samples' keys
-        in reading order, None where they have none.
+        ``segment_ids`` (B, L), in which padding is a segment of its own. ``data_samples`` has the lists ``keys``,
+        ``looked_at`` and ``skipped`` in reading order, and is None where samples have none of them.
     """
     ids = [sample["input_ids"] for sample in samples]
     data = {
@@ -33,5 +36,5 @@ def conversation_collate(samples, pad_token_id=0):
     if "segment_ids" in samples[0]:
         segments = [sample["segment_ids"] for sample in samples]
         data["segment_ids"] = pad_sequence(segments, batch_first=True, padding_value=PADDING_SEGMENT)
-    keys = [key for sample in samples for key in sample.get("keys", ())]
-    return {"data": data, "data_samples": keys or None}
+    found = {name: [one for sample in samples for one in sample.get(name, ())] for name in FACTS}
+    return {"data": data, "data_samples": found if any(found.values()) else None}

@@ -15,8 +15,9 @@ def describe_sources(dataset):
         dataset (ConversationDataset): Samples.
 
     Returns:
-        list[dict]: Per source, a digest of its annotations, its tile limit, and the processor's, the template's and the
-        tokenizer's settings; all as JSON can hold it.
+        list[dict]: Per source, a digest of its annotations, its tile limit, what its videos' frames and its images'
+        changes are drawn by if it has any, and the processor's, the template's and the tokenizer's settings; all as
+        JSON can hold it.
     """
     tokenizer = dataset.processor.tokenizer
     if tokenizer.is_fast:
@@ -28,7 +29,13 @@ def describe_sources(dataset):
         **{f"template.{key}": value for key, value in dataclasses.asdict(dataset.template).items()},
         "tokenizer": hashlib.sha256(words.encode()).hexdigest(),
     }
-    own = [{"annotations": a.digest, "max_dynamic_patch": entry.max_dynamic_patch} for entry, a in dataset.sources]
+    own = []
+    for entry, annotations in dataset.sources:
+        own.append({"annotations": annotations.digest, "max_dynamic_patch": entry.max_dynamic_patch})
+        if annotations.has_video:
+            own[-1]["frames"] = {**dataclasses.asdict(dataset.frames), "seed": dataset.seed}
+        if entry.augment:
+            own[-1]["augment"] = dataset.seed
     # Through JSON, which has no tuples, so that a description equals itself read from a file.
     return [json.loads(json.dumps({**source, **shared})) for source in own]
 

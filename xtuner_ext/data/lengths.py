@@ -10,7 +10,7 @@ from mmengine.dist import all_gather_object, broadcast_object_list, get_dist_inf
 from mmengine.logging import print_log
 
 from ..compat import replace_file
-from ..errors import UserError
+from ..errors import BadSample, UserError
 from .identity import describe_sources, fingerprint
 
 UNKNOWN = -1
@@ -28,11 +28,11 @@ def sample_lengths(dataset, cache_dir=None):
             counted again by every run.
 
     Returns:
-        ndarray: (N,), int64.
+        ndarray: (N,), int64; ``UNKNOWN`` for a sample that cannot be read, where the dataset leaves such out.
 
     Raises:
-        UserError: For a dataset of another kind, a sample that cannot be read, or a folder that cannot be
-            written.
+        UserError: For a dataset of another kind, a sample that cannot be read and may not be left out, or a folder
+            that cannot be written.
     """
     if not hasattr(dataset, "count_tokens"):
         found = type(dataset).__name__
@@ -62,12 +62,21 @@ def _line_lengths(dataset, source, wanted, cache_dir):
     missing = wanted[lengths[wanted] == UNKNOWN]
     if len(missing):
         print_log(f"counting the tokens of {len(missing):,} samples of {annotations.path}", logger="current")
-        share = np.array([dataset.count_tokens(source, int(line)) for line in missing[rank::processes]], dtype=np.int64)
+        share = np.array([_count(dataset, source, int(line)) for line in missing[rank::processes]], dtype=np.int64)
         for other, counts in enumerate(all_gather_object(share)):
             lengths[missing[other::processes]] = counts
         if path is not None:
             _write(path, lengths)
     return lengths
+
+
+def _count(dataset, source, line):
+    try:
+        return dataset.count_tokens(source, line)
+    except BadSample:
+        if dataset.max_bad_fraction is None:
+            raise
+        return UNKNOWN
 
 
 def _read(path, count):

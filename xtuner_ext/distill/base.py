@@ -33,7 +33,7 @@ class HybridModel(BaseModel):
 
         Args:
             data (dict): ``input_ids``, ``labels``, ``attention_mask`` (B, L), ``pixel_values`` (T, 3, S, S).
-            data_samples (list, optional): Names of the samples.
+            data_samples (dict, optional): ``keys`` are the names of the samples.
             mode (str | callable): ``loss``, ``predict`` or ``tensor``, or a function of the model and the batch:
                 wrappers that spread the weights over processes gather them for a forward pass only.
 
@@ -44,7 +44,7 @@ class HybridModel(BaseModel):
             ValueError: For another mode.
         """
         if mode == "loss":
-            return self.compute_loss(**data, keys=data_samples)
+            return self.compute_loss(**data, keys=(data_samples or {}).get("keys"))
         if callable(mode):
             return mode(self, **data)
         inputs = {key: value for key, value in data.items() if key != "labels"}

@@ -207,12 +207,13 @@ class TeacherCache:
                 f"teacher cache {self.folder} holds {nearest['annotation']} with {was}, this run reads "
                 f"{entry.annotation} with {expected}: make another cache"
             )
-        for source, line in np.unique(dataset.index, axis=0).tolist():
+        for position in np.unique(dataset.index, axis=0, return_index=True)[1].tolist():
+            source, line = dataset.index[position].tolist()
             if self._position(dataset.fingerprints[source], line) is None:
-                # Samples that are too long were left out, as this run leaves them out.
-                length = dataset.count_tokens(source, line)
-                if length <= dataset.max_length:
-                    where = dataset.sources[source][1][line].where
+                # Samples that are bad or too long were left out, as this run leaves them out.
+                sample, _ = dataset.attempt(position)
+                if sample is not None:
+                    where, length = dataset.record(position).where, len(sample["input_ids"])
                     raise UserError(
                         f"teacher cache {self.folder} does not hold {where} of {length} tokens: it was made with "
                         f"max_length {self.manifest['max_length']} and {self.manifest['lines']} lines, this run has "

@@ -2,9 +2,10 @@
 
 import torch
 
-from ..data.annotation import JsonlAnnotations, read_meta
+from ..data.annotation import VIDEO_PLACEHOLDER, JsonlAnnotations, read_meta
 from ..data.dataset import open_image
 from ..data.templates import render
+from ..data.video import FrameSampling, count_frames, read_frames
 from ..errors import UserError
 from .scorers import exact_match
 
@@ -19,7 +20,8 @@ def read_questions(meta, limit=None):
         limit (int, optional): Only the first n questions.
 
     Returns:
-        list[dict]: ``id``, ``turns`` (question, answer or None), ``images``, ``gold``, ``category``, ``where``.
+        list[dict]: ``id``, ``turns`` (question, answer or None), ``images``, ``video`` and ``clip``, ``gold``, ``category``,
+        ``where``.
 
     Raises:
         UserError: For annotations that are broken or ask nothing.
@@ -32,11 +34,14 @@ def read_questions(meta, limit=None):
             for turn, (question, answer) in enumerate(record.turns):
                 turns = [*record.turns[:turn], (question, None)]
                 needed = sum(text.count("<image>") for text, _ in turns)
+                shown = any(VIDEO_PLACEHOLDER in text for text, _ in turns)
                 questions.append(
                     {
                         "id": record.id if len(record.turns) == 1 else f"{record.id}#{turn}",
                         "turns": turns,
                         "images": record.images[:needed],
+                        "video": record.video if shown else None,
+                        "clip": record.clip,
                         "system": record.system,
                         "gold": answer,
                         "category": record.category,
@@ -68,8 +73,10 @@ def stop_token_ids(tokenizer, template, config=None):
 
 
 @torch.inference_mode()
-def answer(model, processor, template, questions, batch_size=32, max_new_tokens=32, on_batch=None):
+def answer(model, processor, template, questions, batch_size=32, max_new_tokens=32, on_batch=None, frames=None):
     """Answer questions greedily.
+
+    Of a video the frames in the middle of equal parts are shown.
 
     Args:
         model (HybridVLForCausalLM): In evaluation mode.
@@ -79,19 +86,23 @@ def answer(model, processor, template, questions, batch_size=32, max_new_tokens=
         batch_size (int): Questions per batch.
         max_new_tokens (int): Longest answer in tokens.
         on_batch (callable, optional): Called with the number of questions finished in a batch.
+        frames (FrameSampling | dict, optional): How videos are shown.
 
     Returns:
         list[dict]: Result rows in the order of the questions.
     """
     stops = stop_token_ids(processor.tokenizer, template, model.config)
-    prompts = [render(template, question["turns"], question["system"]) for question in questions]
+    frames = FrameSampling(sampling="middle") if frames is None else FrameSampling.of(frames)
+    asked = [_captioned(question, frames) for question in questions]
+    prompts = [render(template, turns, question["system"]) for turns, question in zip(asked, questions)]
     # Questions of like length share a batch, which keeps padding short.
-    order = sorted(range(len(questions)), key=lambda i: (len(questions[i]["images"]), len(prompts[i])))
+    order = sorted(range(len(questions)), key=lambda i: (prompts[i].count("<image>"), len(prompts[i])))
     rows = [None] * len(questions)
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        images = [[open_image(path, questions[i]["where"]) for path in questions[i]["images"]] for i in batch]
-        inputs = processor([prompts[i] for i in batch], images=images).to(model.device)
+        images = [_images(questions[i], frames) for i in batch]
+        limits = [None if questions[i]["video"] is None else 1 for i in batch]
+        inputs = processor([prompts[i] for i in batch], images=images, max_tiles=limits).to(model.device)
         output = model.generate(
             **inputs,
             max_new_tokens=max_new_tokens,
@@ -116,3 +127,17 @@ def answer(model, processor, template, questions, batch_size=32, max_new_tokens=
         if on_batch is not None:
             on_batch(len(batch))
     return rows
+
+
+def _captioned(question, frames):
+    if question["video"] is None:
+        return question["turns"]
+    count = count_frames(question["video"], question["where"], frames, question["clip"])
+    return [(frames.caption(text, count), answer) for text, answer in question["turns"]]
+
+
+def _images(question, frames):
+    if question["video"] is not None:
+        # Frame by frame, as whole videos of a batch take much memory.
+        return read_frames(question["video"], question["where"], frames, question["clip"])
+    return [open_image(path, question["where"]) for path in question["images"]]

@@ -62,6 +62,8 @@ def derived_options(config, processes):
             f"{config.train_dataloader.batch_size} samples x {processes} processes: leave it None, or change the total"
         )
     options = {"optim_wrapper.accumulative_counts": count}
+    if "total_batch_size" in config.train_dataloader.get("sampler", {}):
+        options["train_dataloader.sampler.total_batch_size"] = total
     if config.get("save_steps") is not None:
         options["default_hooks.checkpoint.interval"] = config.save_steps * count
     return options

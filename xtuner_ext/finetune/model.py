@@ -43,6 +43,7 @@ class SupervisedModel(HybridModel):
         use_activation_checkpointing (bool): Recompute activations layer by layer in the backward pass.
         trainable_dtype (str, optional): Such as ``"float32"``, for weights that train beside frozen bf16 ones under
             automatic mixed precision.
+        seed (int): Of the adapters' first weights.
         data_preprocessor (dict, optional): MMEngine's.
 
     Raises:
@@ -58,6 +59,7 @@ class SupervisedModel(HybridModel):
         loss_reduction="token",
         use_activation_checkpointing=False,
         trainable_dtype=None,
+        seed=0,
         data_preprocessor=None,
     ):
         super().__init__(llm, data_preprocessor)
@@ -74,7 +76,10 @@ class SupervisedModel(HybridModel):
             self.lora_config = lora_config(self.llm, lora, base)
         self.quantization = quantise_language(self.llm, dict(quantization)) if quantization else None
         if self.lora_config is not None:
-            add_lora(self.llm, self.lora_config)
+            # The same whatever random numbers a runner has drawn before.
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                add_lora(self.llm, self.lora_config)
         self.settings = {"lora": _plain(lora), "freeze": _plain(freeze), "quantization": self.quantization}
         if not any(parameter.requires_grad for parameter in self.parameters()):
             raise UserError("no parameter of the model trains, check model.freeze")

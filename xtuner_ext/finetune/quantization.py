@@ -90,6 +90,8 @@ def _four_bits(linear, options):
         weight.data, requires_grad=False, compress_statistics=double, quant_type=options["type"], module=new
     )
     new.bias = linear.bias
+    # Some processors have a form for inference that rounds the scales once more, for good, at the first evaluation.
+    new.support_avx512bf16_for_cpu = False
     # Quantised by moving.
     return new.to(weight.device)
 
