@@ -93,3 +93,4 @@ train_cfg = dict(type=ResumableTrainLoop, max_iters=max_iters)
 #                          PART 5  Runtime                            #
 #######################################################################
 custom_hooks = [dict(type=BadSampleHook)]
+randomness = dict(seed=0, deterministic=False)
