@@ -79,7 +79,8 @@ def test_every_bad_line_is_reported_and_a_limit_allows_some(tmp_path, capsys):
     (tmp_path / "meta.json").write_text(json.dumps({"d": {"annotation": "d.jsonl"}}))
     argv = ["data", "check", str(tmp_path / "meta.json"), "--json", str(tmp_path / "r.json")]
     assert run([*argv, "--max-bad-fraction", "0.09"]) == 1
-    assert [line["line"] for line in json.loads((tmp_path / "r.json").read_text())["datasets"][0]["bad_lines"]] == [*range(91, 101)]
+    (found,) = json.loads((tmp_path / "r.json").read_text())["datasets"]
+    assert [line["line"] for line in found["bad_lines"]] == [*range(91, 101)]
     assert "all bad lines are named in" in capsys.readouterr().out
     assert run([*argv, "--max-bad-fraction", "0.1"]) == 0
 
@@ -124,7 +125,8 @@ def test_show_marks_what_is_trained(meta, capsys):
     assert run(["data", "show", str(meta), "--index", "0", *MODEL]) == 0
     output = capsys.readouterr().out
     assert f"{meta.parent / 'd.jsonl'}:1  (text)" in output
-    assert "What [bold]now[/bold]?<|im_end|>\n<|im_start|>assistant\n{+Nothing.<|im_end|>+}\n<|im_start|>user\nAnd then?" in output
+    first = "What [bold]now[/bold]?<|im_end|>\n<|im_start|>assistant\n{+Nothing.<|im_end|>+}\n"
+    assert f"{first}<|im_start|>user\nAnd then?<|im_end|>\n" in output
     sample = ConversationDataset(meta, load_processor("digits-teacher"), "internlm2_chat")[0]
     trained = int((sample["labels"] != -100).sum())
     assert f"{{+trained+}} {trained}  visual 0  other {len(sample['labels']) - trained}" in output

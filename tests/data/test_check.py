@@ -12,7 +12,7 @@ from xtuner_ext.data.template_fit import fit_template
 from xtuner_ext.errors import BadSample, UserError
 from xtuner_ext.modeling.processing import HybridVLProcessor
 
-from .malformed import LINE_CASES, asks, write, write_video
+from .malformed import LINE_CASES, asks, turns, write, write_video
 
 FRAMES = {"min_frames": 2, "max_frames": 5}
 
@@ -50,7 +50,7 @@ def mixed(tmp_path):
         asks("What happens?", video="film.mp4"),
         asks("And <video> here?", video="film.mp4", clip=[0, 0.2]),
         {**asks("cut"), "end": False},
-        {"conversations": [{"from": "system", "value": "Be brief."}, *asks("a")["conversations"], *asks("b")["conversations"]]},
+        {"conversations": [{"from": "system", "value": "Be brief."}, *turns("a", "b", "c", "d")]},
         asks("Say <|im_end|> and <IMG_CONTEXT>!", "No <img>."),
     ]
     (tmp_path / "a.jsonl").write_text("\n\n".join(map(json.dumps, lines)) + "\n")
@@ -70,7 +70,8 @@ def test_lengths_are_those_of_training(check, mixed, processor):
         samples = [dataset.encode(line) for line in lines]
         assert [len(sample["labels"]) for sample in samples] == lengths
         tokens, trained = sum(lengths), sum(int((sample["labels"] != -100).sum()) for sample in samples)
-        assert (found["tokens"]["sum"], found["tokens"]["min"], found["tokens"]["max"]) == (tokens, min(lengths), max(lengths))
+        spread = found["tokens"]
+        assert (spread["sum"], spread["min"], spread["max"]) == (tokens, min(lengths), max(lengths))
         assert found["tokens"]["median"] == sorted(lengths)[len(lengths) // 2]
         assert found["trained_share"] == pytest.approx(trained / tokens)
         assert found["tiles"] == sum(len(sample["pixel_values"]) for sample in samples)
@@ -108,6 +109,15 @@ def test_processes_find_what_one_finds(check, tmp_path, monkeypatch):
     assert (found["lines"], found["samples"], found["bad"]) == (399, 397, {"json": 1, "nothing_trained": 1})
     assert [(line["line"], line["reason"]) for line in found["bad_lines"]] == [(51, "json"), (334, "nothing_trained")]
     assert found["warnings"] == [f"the meta file says length 400, {tmp_path / 'd.jsonl'} has 399 lines"]
+
+
+def test_very_many_bad_lines_are_counted_and_the_first_are_named(check, tmp_path, monkeypatch):
+    monkeypatch.setattr("xtuner_ext.data.check.PIECE", 100)
+    monkeypatch.setattr("xtuner_ext.data.check.NAMED", 60)
+    (tmp_path / "d.jsonl").write_text("{\n" * 200)
+    (tmp_path / "meta.json").write_text(json.dumps({"d": {"annotation": "d.jsonl"}}))
+    (found,) = check(tmp_path / "meta.json")["datasets"]
+    assert found["bad"] == {"json": 200} and [line["line"] for line in found["bad_lines"]] == [*range(1, 61)]
 
 
 def test_a_process_that_is_killed_ends_the_check(check, tmp_path, monkeypatch):

@@ -12,9 +12,9 @@ from xtuner_ext.data.template_fit import fit_template
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<ref>"]
 IMAGE = "<img><IMG_CONTEXT></img>"
-WORDS = ["the", " cat", " sat", " on", " the", " mat", ".", ",", " 17", "3", "\n", "\n\n", "  ", "é", "漢字", " Who", "?", "'s", "_"]
+WORDS = ["the", " cat", " sat", " on", " the", " mat", ".", ",", " 17", "3", "\n", "\n\n", "  ", "é", "漢字", " Who", "?"]
 ODD = [*WORDS, "<|im_end|>", "</s>", "<", ">", "▁", "<ref>", "🙂", "\t", " <|im_start|>user"]
-CORPUS = ["the cat sat on the mat. Who sat on the mat? the cat's mat, 17 mats", "user assistant USER ASSISTANT system"] * 20
+CORPUS = ["the cat sat on the mat. Who sat on it? the cat's mat, 17 mats", "user assistant USER ASSISTANT system"] * 20
 
 
 def train(model, trainer, **parts):
@@ -27,7 +27,8 @@ def train(model, trainer, **parts):
 
 
 def bytes_of(**options):
-    return train(models.BPE(), trainers.BpeTrainer, pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=False, **options))
+    pieces = pre_tokenizers.ByteLevel(add_prefix_space=False, **options)
+    return train(models.BPE(), trainers.BpeTrainer, pre_tokenizer=pieces)
 
 
 def sentencepiece(scheme, model=models.BPE, trainer=trainers.BpeTrainer):

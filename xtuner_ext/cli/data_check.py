@@ -1,6 +1,7 @@
 """xtuner-ext data check META.json: what training would lose, and how long samples are."""
 
 import argparse
+import contextlib
 import json
 from itertools import islice
 
@@ -17,9 +18,10 @@ def add_parser(verbs):
     parser = verbs.add_parser(
         "check",
         help="what training would lose, and how long samples are",
-        description="Check every line, path, placeholder and header of the datasets that a meta JSON names; with a model "
-        "also its template, and the exact lengths of all samples in tokens. No image is decoded. Ends with status 1 if "
-        "training would lose anything, with 2 if the meta file itself or the command is wrong.",
+        description="Check every line, path, placeholder and header of the datasets that a meta JSON names; with a "
+        "model also its template, and the exact lengths of all samples in tokens. Images are decoded only where the "
+        "end of the file does not tell that it is whole, videos never. Ends with status 1 if training would lose "
+        "anything, with 2 if the meta file itself or the command is wrong.",
         epilog="example: xtuner-ext data check work_dirs/digits/data/train.json --model digits-teacher",
     )
     parser.add_argument("meta", metavar="META.json", help="the meta file of the datasets")
@@ -28,9 +30,8 @@ def add_parser(verbs):
     parser.add_argument("--jobs", type=_count, metavar="N", help="processes (default: one a processor)")
     parser.add_argument("--json", metavar="FILE", help="write a report that names every bad line")
     parser.add_argument("--no-images", action="store_true", help="look whether images exist, but not at their headers")
-    parser.add_argument(
-        "--max-bad-fraction", type=_share, default=0.0, metavar="F", help="share of bad lines that is no loss (default: 0)"
-    )
+    allowed = "share of bad lines that is no loss (default: 0)"
+    parser.add_argument("--max-bad-fraction", type=_share, default=0.0, metavar="F", help=allowed)
     parser.set_defaults(run=run)
 
 
@@ -124,16 +125,12 @@ def frame_settings(pairs):
         key, equals, value = pair.partition("=")
         if not equals:
             raise UserError(f"--frames {pair} has no value, expected KEY=VALUE")
-        settings[key] = int(value) if value.isdecimal() else float(value) if key == "folder_fps" and _is_number(value) else value
+        for kind in (int, float):
+            with contextlib.suppress(ValueError):
+                value = kind(value)
+                break
+        settings[key] = value
     return FrameSampling.of(settings)
-
-
-def _is_number(text):
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def losses(report, max_bad_fraction):
@@ -176,7 +173,8 @@ def print_report(report, args):
     for dataset in report["datasets"]:
         bad = sum(dataset["bad"].values())
         cells = (dataset["lines"], *dataset["kinds"].values(), bad, dataset["samples_per_epoch"])
-        table.add_row(escape(dataset["name"]), *(f"{cell:,}" for cell in cells), style="red" if bad or dataset["problem"] else None)
+        style = "red" if bad or dataset["problem"] else None
+        table.add_row(escape(dataset["name"]), *(f"{cell:,}" for cell in cells), style=style)
     screen.print(table)
     if report["total"].get("tokens_per_epoch"):
         _print_tokens(screen, report)
@@ -193,9 +191,12 @@ def print_report(report, args):
     for loss in report["lost"]:
         _say(screen, f"lost in training: {loss}", "bold red")
     if any(count > EXAMPLES for dataset in report["datasets"] for count in dataset["bad"].values()):
-        _say(screen, f"all bad lines are named in {args.json}" if args.json else "--json FILE names all bad lines")
+        whole = all(sum(dataset["bad"].values()) == len(dataset["bad_lines"]) for dataset in report["datasets"])
+        place = args.json or "the report, with --json FILE"
+        _say(screen, f"{'all' if whole else 'the first'} bad lines are named in {place}")
     if not report["lost"]:
-        _say(screen, "bad lines are within the limit" if report["total"]["bad"] else "nothing would be lost in training")
+        within = bool(report["total"]["bad"])
+        _say(screen, "bad lines are within the limit" if within else "nothing would be lost in training")
 
 
 def _print_tokens(screen, report):

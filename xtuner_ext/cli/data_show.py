@@ -23,8 +23,8 @@ def add_parser(verbs):
     parser = verbs.add_parser(
         "show",
         help="a sample as the model sees it",
-        description="Print a sample's tokens, coloured by whether they are trained, and draw its tiles. Without --model "
-        "it is shown with InternVL2's tiles and template.",
+        description="Print a sample's tokens, coloured by whether they are trained, and draw its tiles. Without "
+        "--model it is shown with InternVL2's tiles and template.",
         epilog="example: xtuner-ext data show work_dirs/digits/data/train.json --index 0 --model digits-teacher",
     )
     parser.add_argument("meta", metavar="META.json", help="the meta file of the datasets")
@@ -81,8 +81,9 @@ def _internvl2(args):
     from ..convert.teacher import load_processor
     from ..modeling.processing import HybridVLProcessor
 
-    tiles = {} if args.max_tiles is None else {"max_tiles": args.max_tiles}
-    return HybridVLProcessor(load_processor("digits-teacher").tokenizer, **tiles), args.prompt_template or "internlm2-chat"
+    processor = HybridVLProcessor(load_processor("digits-teacher").tokenizer)
+    processor.max_tiles = args.max_tiles or processor.max_tiles
+    return processor, args.prompt_template or "internlm2-chat"
 
 
 def _free_path(out):

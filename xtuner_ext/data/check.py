@@ -14,9 +14,9 @@ from PIL import Image
 
 from ..errors import BadSample, UserError
 from ..modeling.processing import IMAGE_PLACEHOLDER
-from .annotation import _Files, _parse, read_meta
+from .annotation import MediaFiles, check_line, read_meta
 from .counting import TokenCounter
-from .dataset import UNREADABLE, _repeat
+from .dataset import UNREADABLE, repeat_lines
 from .packing import first_fit_decreasing
 from .video import FRAME_SUFFIXES, FrameSampling, count_frames
 
@@ -25,6 +25,8 @@ ENDS, TAIL = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}, 64
 KINDS = ("text", "image", "images", "video")
 PIECE = 1 << 20  # bytes of lines that a process checks at a time
 KEPT = 50_000  # images whose tiles are remembered
+# Bad lines of a dataset that are named, all others are counted: where every line is bad, one of them says why.
+NAMED = 100_000
 # For the estimate of padding: samples of a batch, and samples that are looked at.
 BATCH, SAMPLED = 8, 100_000
 
@@ -32,7 +34,10 @@ BATCH, SAMPLED = 8, 100_000
 def check_meta(
     meta, processor=None, template=None, max_length=8192, frames=None, images=True, jobs=None, seed=0, progress=None
 ):
-    """Look at every line that a meta JSON names as training would, without decoding images.
+    """Look at every line that a meta JSON names as training would, without decoding what it names.
+
+    Of images the headers and the ends of the files are read, of videos the headers; an image is decoded only where its
+    file's end does not tell that it is whole.
 
     Args:
         meta (str): Path of the meta JSON.
@@ -48,8 +53,8 @@ def check_meta(
             of those just done, see :func:`~xtuner_ext.cli.progress.progress`.
 
     Returns:
-        dict: ``datasets``, each with counts, lengths and every bad line, their ``total``, and how full ``batches``
-        would be; as JSON can hold it.
+        dict: ``datasets``, each with counts, lengths and bad lines (up to :data:`NAMED`), their ``total``, and how full
+        ``batches`` would be; as JSON can hold it.
 
     Raises:
         UserError: For a mistake in the meta file itself, or a process that was killed.
@@ -87,7 +92,7 @@ def _processes(checker, jobs):
     try:
         yield lambda *piece: pool.submit(_check, *piece)
     except BrokenProcessPool as error:
-        raise UserError("a process that checks lines was killed, perhaps for want of memory: try fewer --jobs") from error
+        raise UserError("a process that checks lines was killed, perhaps for want of memory: try fewer jobs") from error
     finally:
         pool.shutdown(cancel_futures=True)
         gc.unfreeze()
@@ -124,7 +129,8 @@ def _pieces(entry, found):
             piece += file.readline()
             yield offset, len(piece), number, index
             lines = piece.split(b"\n")
-            offset, number, index = offset + len(piece), number + len(lines) - 1, index + sum(map(bool, map(bytes.strip, lines)))
+            offset, number = offset + len(piece), number + len(lines) - 1
+            index += sum(map(bool, map(bytes.strip, lines)))
     found.lines = index
     if not index:
         found.problem = f"annotation file {entry.annotation} is empty, expected one JSON object a line"
@@ -134,7 +140,8 @@ def _take(waiting, found, advance):
     number, size, future = waiting.popleft()
     measures, bad = future.result()
     found[number].measures.append(measures)
-    found[number].bad += bad
+    found[number].bad.update(reason for _, reason, _ in bad)
+    found[number].bad_lines += bad[: NAMED - len(found[number].bad_lines)]
     advance(size >> 10)
 
 
@@ -145,7 +152,7 @@ class _Checker:
         self.entries, self.processor, self.max_length = entries, processor, max_length
         self.frames, self.headers, self.seed = frames, headers, seed
         self.counter = TokenCounter(processor.tokenizer, template) if processor else None
-        self.files = [_Files(entry.root) for entry in entries]
+        self.files = [MediaFiles(entry.root) for entry in entries]
         # Nothing merges with a visual token: one an image stands for all of them.
         self.image = processor.expand(IMAGE_PLACEHOLDER, [1], 1) if processor and processor.tokens_per_tile else ""
         self.tiles = {}
@@ -161,10 +168,12 @@ class _Checker:
             index (int): Lines before it that are not blank.
 
         Returns:
-            tuple[ndarray, list]: Kind, tokens, trained tokens and tiles of every good sample, (N, 4), and number, reason
-            and message of every bad line.
+            tuple[ndarray, list]: Kind, tokens, trained tokens and tiles of every good sample, (N, 4), and number,
+            reason and message of every bad line.
         """
         path, good, bad = str(self.entries[source].annotation), [], []
+        if len(self.files[source].known) > KEPT:
+            self.files[source].known.clear()
         with open(path, "rb") as file:
             file.seek(offset)
             lines = file.read(size).split(b"\n")
@@ -178,9 +187,7 @@ class _Checker:
         return np.array(good, dtype=np.int32).reshape(-1, 4), bad
 
     def _measure(self, line, where, source, number, index):
-        fields = _parse(line, where, number)
-        if fields["text"] is None and not any(answer for _, answer in fields["turns"]):
-            raise BadSample(f"{where}: every answer is empty, expected something to train", "nothing_trained")
+        fields = check_line(line, where, number, self.files[source], answered=True)
         slots, tiles = self._media(fields, where, source, index)
         kind = 3 if fields["video"] is not None else min(len(fields["images"]), 2)
         if self.counter is None:
@@ -190,7 +197,8 @@ class _Checker:
         if tokens > self.max_length:
             raise BadSample(f"{where}: {tokens} tokens, more than max_length={self.max_length}", "too_long")
         if trained <= (fields["text"] is not None and not self.counter.lead):
-            raise BadSample(f"{where}: none of its {tokens} tokens is trained, expected at least one", "nothing_trained")
+            message = f"{where}: none of its {tokens} tokens is trained, expected at least one"
+            raise BadSample(message, "nothing_trained")
         return kind, tokens, trained, tiles
 
     def _media(self, fields, where, source, index):
@@ -201,9 +209,8 @@ class _Checker:
         if self.processor is not None and not self.processor.tokens_per_tile:
             found = "an image" if names else "a video"
             raise BadSample(f"{where}: names {found}, but the model has no image front end", "no_images_allowed")
-        files, entry = self.files[source], self.entries[source]
+        entry = self.entries[source]
         if video is not None:
-            files.check(video, where, "video")
             if not self.headers:
                 fewest = 1 if self.frames.rate else self.frames.min_frames
                 return fewest, fewest
@@ -214,12 +221,10 @@ class _Checker:
             if path.is_dir():
                 self._look_at_frames(path, where)
             return count, count
-        for name in names:
-            files.check(name, where)
         if not self.headers:
             return len(names), len(names)
         limit = self.processor and self.processor.tile_limit(len(names), entry.max_dynamic_patch)
-        return len(names), sum(self._tiles(os.path.join(files.root, name), where, limit) for name in names)
+        return len(names), sum(self._tiles(os.path.join(entry.root, name), where, limit) for name in names)
 
     def _look_at_frames(self, folder, where):
         for path in sorted(folder.iterdir()):
@@ -280,12 +285,12 @@ class _Found:
 
     def __init__(self, entry):
         self.entry, self.lines, self.problem = entry, 0, None
-        self.measures, self.bad = [], []
+        self.measures, self.bad, self.bad_lines = [], Counter(), []
 
     def lengths(self, seed):
         """ndarray: Tokens of the samples of a pass, with ``repeat_time``."""
         tokens = np.concatenate([measures[:, 1] for measures in self.measures])
-        return tokens[_repeat(len(tokens), self.entry.repeat_time, seed)]
+        return tokens[repeat_lines(len(tokens), self.entry.repeat_time, seed)]
 
     def report(self, counted):
         """dict: All of it as JSON can hold it; ``None`` for what needs a model."""
@@ -307,8 +312,8 @@ class _Found:
             "lines": self.lines,
             "samples": len(tokens),
             "kinds": {kind: int((kinds == number).sum()) for number, kind in enumerate(KINDS)},
-            "bad": dict(Counter(reason for _, reason, _ in self.bad)),
-            "bad_lines": [dict(zip(("line", "reason", "message"), line)) for line in self.bad],
+            "bad": dict(self.bad),
+            "bad_lines": [dict(zip(("line", "reason", "message"), line)) for line in self.bad_lines],
             "tokens": _spread(tokens) if counted and len(tokens) else None,
             "trained_share": trained.sum() / tokens.sum() if counted and len(tokens) else None,
             "tiles": int(tiles.sum()) if counted else None,

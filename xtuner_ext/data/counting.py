@@ -18,7 +18,11 @@ TOKEN_HAS_SPACE = re.compile(f"(^|[{ENDS}]) ($|[{STARTS}])")
 ANCHOR = "x"
 # Counts that are kept, and the longest text of one; a longer one hardly comes twice.
 KEPT, LONGEST = 100_000, 200
-PROBES, PROBED = 200, ("word", " word", "Word", " ", "  ", "\n", "\n\n", "\t", "7", "3.5", ",", ". ", "'s", "é", "漢字", "🙂", "▁", "_", "<", ">")
+PROBES = 200
+PROBED = (
+    *("word", " word", "Word", " ", "  ", "\n", "\n\n", "\t", "7", "3.5", ",", ". ", "'s"),
+    *("é", "漢字", "🙂", "▁", "_", "<", ">"),
+)
 
 
 class TokenCounter:
@@ -39,7 +43,7 @@ class TokenCounter:
     def __init__(self, tokenizer, template):
         self.template = template
         self._tokenizer = _Direct(tokenizer) if tokenizer.is_fast else tokenizer
-        self._control = masking._special_words(self._tokenizer, len(tokenizer))
+        self._control = masking.special_words(self._tokenizer, len(tokenizer))
         # Hardly any text has one of these; only then is it worth to look closely.
         starts = {str(token)[0] for token in tokenizer.added_tokens_decoder.values() if token.special} | {masking.BREAK}
         self._suspect = re.compile(f"[{re.escape(''.join(starts))}]")

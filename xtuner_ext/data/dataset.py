@@ -86,7 +86,7 @@ class ConversationDataset(Dataset):
                 message = f"{meta}: dataset {entry.name!r} has length {entry.length:,}, but {entry.annotation} has"
                 print_log(f"{message} {len(annotations):,} lines", logger="current", level=logging.WARNING)
             self.sources.append((entry, annotations))
-            lines = annotations.good[_repeat(len(annotations.good), entry.repeat_time, seed + number)]
+            lines = annotations.good[repeat_lines(len(annotations.good), entry.repeat_time, seed + number)]
             index.append(np.stack([np.full_like(lines, number), lines], axis=1))
         self.bad = ledger.entries
         if self.bad:
@@ -329,7 +329,8 @@ def _readable(path, where):
         raise BadSample(f"{where}: {path} is not a readable image: {error}", "unreadable_image") from error
 
 
-def _repeat(count, repeat_time, seed):
+def repeat_lines(count, repeat_time, seed):
+    """ndarray: Indices below ``count``, each as often as ``repeat_time`` says; the seed chooses for a fraction."""
     whole = int(repeat_time)
     rest = round((repeat_time - whole) * count)
     chosen = np.random.default_rng(seed).permutation(count)[:rest]

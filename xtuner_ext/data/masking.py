@@ -41,7 +41,7 @@ def encode_conversation(tokenizer, template, turns, system=None, ended=True, ima
     places = sum(question.count(IMAGE_PLACEHOLDER) for question, _ in turns)
     if places != len(images):
         raise ValueError(f"the questions have {places} {IMAGE_PLACEHOLDER} placeholders for {len(images)} images")
-    words, images = _special_words(tokenizer, len(tokenizer)), iter(images)
+    words, images = special_words(tokenizer, len(tokenizer)), iter(images)
     ids = _leading_ids(tokenizer)
     labels = [IGNORE_INDEX] * len(ids)
     for number, (question, answer) in enumerate(turns):
@@ -78,7 +78,8 @@ def ids_after(tokenizer, before, text):
 
 
 @functools.lru_cache(maxsize=16)
-def _special_words(tokenizer, size):
+def special_words(tokenizer, size):
+    """re.Pattern: Finds where a text looks like a special token; ``size`` is the tokenizer's."""
     # The size is part of the key: tokens may be added to a tokenizer.
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special} - GROUNDING
     # At every place where a word begins, also within another, and after its first character.

@@ -17,8 +17,8 @@ def contact_sheet(pixel_values, groups, normalisation):
 
     Args:
         pixel_values (Tensor): Normalised tiles, (T, 3, S, S).
-        groups (list[tuple[int, int, bool]]): Of every image its number of tiles, how many of them make a row, and whether
-            the last is its thumbnail, which is framed in another colour and stands right of the others.
+        groups (list[tuple[int, int, bool]]): Of every image its number of tiles, how many of them make a row, and
+            whether the last is its thumbnail, which is framed in another colour and stands right of the others.
         normalisation (str): The processor's.
 
     Returns:
