@@ -5,7 +5,9 @@ repairs; calling it twice does no harm. The docstring names the upstream line an
 that no longer needs the repair ("none yet" where upstream has not moved).
 """
 
+import contextlib
 import functools
+import io
 import logging
 import os
 import sys
@@ -167,6 +169,64 @@ def wrap_cpu_models_without_device_ids(distributed):
     wrapper.__init__ = __init__
 
 
+def train_mixed_on_cpu(amp_optimizer_wrapper):
+    """Lets `AmpOptimWrapper` train without an accelerator, in the precision that it is told.
+
+    Repairs: mmengine 0.10.7 optim/optimizer/amp_optimizer_wrapper.py:76, which refuses, :20, whose scaler knows CUDA
+    alone, and runner/amp.py:133, which knows no fp16 on a CPU; every LLaVA config of XTuner asks for that.
+    Needed until: none yet.
+    """
+    import torch
+
+    wrapper = amp_optimizer_wrapper.AmpOptimWrapper
+    original_init, original_context = wrapper.__init__, wrapper.optim_context
+    accelerators = [getattr(amp_optimizer_wrapper, f"is_{name}_available") for name in ("cuda", "npu", "mlu", "musa")]
+
+    @functools.wraps(original_init)
+    def __init__(self, *args, **kwargs):
+        if any(available() for available in accelerators):
+            return original_init(self, *args, **kwargs)
+        scaler = amp_optimizer_wrapper.GradScaler
+        amp_optimizer_wrapper.is_cuda_available = lambda: True
+        amp_optimizer_wrapper.GradScaler = functools.partial(torch.amp.GradScaler, "cpu")
+        try:
+            original_init(self, *args, **kwargs)
+        finally:
+            amp_optimizer_wrapper.is_cuda_available, amp_optimizer_wrapper.GradScaler = accelerators[0], scaler
+
+    @functools.wraps(original_context)
+    @contextlib.contextmanager
+    def optim_context(self, model):
+        if any(available() for available in accelerators):
+            with original_context(self, model):
+                yield
+        else:
+            with super(wrapper, self).optim_context(model), torch.autocast("cpu", dtype=self.cast_dtype or torch.float16):
+                yield
+
+    wrapper.__init__, wrapper.optim_context = __init__, optim_context
+
+
+def leave_out_short_warmups(param_scheduler):
+    """Trains at the full learning rate from the start where a warm-up counted in epochs lasts less than two iterations.
+
+    Repairs: mmengine 0.10.7 optim/scheduler/param_scheduler.py:784, which ends such a run with "end should be larger
+    than begin" or, at one iteration, leaves it at the lowest learning rate for good. Needed until: none yet.
+    """
+    scheduler = param_scheduler.LinearParamScheduler
+    original = scheduler.build_iter_from_epoch.__func__
+
+    @functools.wraps(original)
+    def build_iter_from_epoch(cls, *args, begin=0, end=param_scheduler.INF, epoch_length=None, **kwargs):
+        first, last = (value if value == param_scheduler.INF else int(value * epoch_length) for value in (begin, end))
+        if last - first >= 2:
+            return original(cls, *args, begin=begin, end=end, epoch_length=epoch_length, **kwargs)
+        kwargs = {**kwargs, "start_factor": kwargs.get("end_factor", 1.0), "by_epoch": False}
+        return cls(*args, begin=first, end=first + 1, **kwargs)
+
+    scheduler.build_iter_from_epoch = classmethod(build_iter_from_epoch)
+
+
 def allow_checkpoint_types(module=None):
     """Lets `torch.load(weights_only=True)` read the message hub of an MMEngine checkpoint.
 
@@ -314,6 +374,77 @@ def give_projector_tied_keys(modeling_projector):
         modeling_projector.ProjectorModel.all_tied_weights_keys = {}
 
 
+def checkpoint_projector_in_the_new_way(modeling_projector):
+    """Recomputes LLaVA's projector through the function that transformers hands out.
+
+    Repairs: xtuner 0.2.0 model/modules/projector/modeling_projector.py:41, which transformers 5 warns about each time, and
+    :48, whose missing `use_reentrant` torch will refuse. Needed until: none yet.
+    """
+    projector = modeling_projector.ProjectorModel
+
+    def forward(self, x):
+        if self.gradient_checkpointing and self.training:
+            return self._gradient_checkpointing_func(self.model, x)
+        return self.model(x)
+
+    if "_set_gradient_checkpointing" in vars(projector):
+        del projector._set_gradient_checkpointing
+        projector.forward = forward
+
+
+def chat_about_images_within_reach(evaluate_chat_hook):
+    """Leaves out the evaluation images that can not be read, with a warning, instead of ending the run.
+
+    Repairs: xtuner 0.2.0 engine/hooks/evaluate_chat_hook.py:52, which fetches an example picture from the network, for
+    as long as that takes, in every LLaVA config; training machines often have none. Needed until: none yet.
+    """
+    hook, load = evaluate_chat_hook.EvaluateChatHook, evaluate_chat_hook.load_image
+    original = hook.__init__
+
+    @functools.lru_cache(maxsize=1)  # the same picture goes with every question
+    def load_image(source):
+        import requests
+
+        try:
+            if source.startswith(("http://", "https://")):
+                answer = requests.get(source, timeout=10)
+                answer.raise_for_status()
+                source = io.BytesIO(answer.content)
+                from PIL import Image
+
+                return Image.open(source).convert("RGB")
+            return load(source)
+        except (requests.RequestException, OSError) as error:
+            logger.warning("%s can not be read, no question is asked about it: %s", source, error)
+            return None
+
+    @functools.wraps(original)
+    def __init__(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        if self.evaluation_images is not None:
+            pairs = [pair for pair in zip(self.evaluation_images, self.evaluation_inputs) if pair[0] is not None]
+            self.evaluation_images, self.evaluation_inputs = [[pair[i] for pair in pairs] for i in (0, 1)]
+
+    evaluate_chat_hook.load_image, hook.__init__ = load_image, __init__
+
+
+def read_select_layer_as_number(argparse):
+    """Lets `--visual-select-layer` be given.
+
+    Repairs: xtuner 0.2.0 tools/chat.py:59, tools/mmbench.py:58 and tools/eval_refcoco.py:66, which give it no type, so
+    that a tuple of hidden states is asked for its "-2". Needed until: none yet.
+    """
+    original = argparse.ArgumentParser.add_argument
+
+    @functools.wraps(original)
+    def add_argument(self, *names, **options):
+        if "--visual-select-layer" in names:
+            options.setdefault("type", int)
+        return original(self, *names, **options)
+
+    argparse.ArgumentParser.add_argument = add_argument
+
+
 def replace_cli(entry_point):
     """Puts our front door behind the stock `xtuner` command.
 
@@ -344,6 +475,41 @@ def fill_onebit_optimizers(onebit):
 
     for name in ("OnebitAdam", "OnebitLamb", "ZeroOneAdam"):
         setattr(onebit, name, type(name, (), {"__init__": refuse, "__module__": onebit.__name__}))
+
+
+def keep_four_bits_differentiable(bitsandbytes_modules):
+    """Leaves 4-bit weights of a CPU in the layout that can be trained through.
+
+    Repairs: bitsandbytes 0.50.2 nn/modules.py:594, which on CPUs with AVX512-bf16 rearranges weights at the first forward
+    pass in evaluation mode; gradients of later training end at such a layer without a word, and layers whose width is no
+    multiple of 32 fail. Needed until: none yet.
+    """
+    bitsandbytes_modules.has_avx512bf16 = lambda: False
+
+
+def train_one_dtype_under_zero3(deepspeed_strategy):
+    """Casts what trains to the precision of the run before ZeRO-3 lays it end to end.
+
+    Repairs: xtuner 0.2.0 engine/_strategy/deepspeed.py:24, which hands fp32 adapters over beside half-precision weights;
+    DeepSpeed 0.19 asserts one dtype. Needed until: none yet.
+    """
+    import torch
+
+    strategy = deepspeed_strategy.DeepSpeedStrategy
+    original = strategy._wrap_model
+
+    @functools.wraps(original)
+    def _wrap_model(self, model):
+        enabled = {name: self.config.get(name, {}).get("enabled") is True for name in ("bf16", "fp16")}
+        dtype = torch.bfloat16 if enabled["bf16"] else torch.float16 if enabled["fp16"] else None
+        if dtype is not None and self.config.get("zero_optimization", {}).get("stage") == 3:
+            for parameter in model.parameters():
+                # Those that were read under ZeRO-3 are empty here, and have the precision of the run already.
+                if parameter.requires_grad and parameter.is_floating_point() and not hasattr(parameter, "ds_id"):
+                    parameter.data = parameter.data.to(dtype)
+        return original(self, model)
+
+    strategy._wrap_model = _wrap_model
 
 
 def keep_optimizer_under_deepspeed(train_tool):

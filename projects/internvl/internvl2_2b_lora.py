@@ -36,7 +36,8 @@ template = "internlm2-chat"  # --conv_style
 total_batch_size = 16  # samples an optimizer step, BATCH_SIZE
 batch_size = 4  # samples a process and iteration, PER_DEVICE_BATCH_SIZE
 num_workers = 4  # processes that read data, for each training process
-max_seq_length = 4096  # tokens
+max_seq_length = 4096  # tokens; longer samples are left out and counted
+max_bad_fraction = 0.01  # share of samples left out, of any reason, above which the run stops
 max_dynamic_patch = 6  # tiles an image, thumbnail not counted
 
 lora_r = 16  # rank, --use_llm_lora
@@ -60,7 +61,7 @@ model = dict(
     lora=dict(language=dict(r=lora_r, alpha=lora_alpha), dropout=lora_dropout),
     # Of language, mixers, vision, projector, embeddings and head, those that train as a whole get False.
     freeze=dict(language=True, vision=True, projector=True),
-    quantization=None,  # dict(bits=4, type="nf4", double_quant=True) for QLoRA
+    quantization=None,  # internvl2_2b_qlora.py has four bits
     loss_reduction="token",
     use_activation_checkpointing=True,  # --grad_checkpoint
     trainable_dtype="float32",
@@ -83,6 +84,7 @@ train_dataloader = dict(
         ),
         template=template,
         max_length=max_seq_length,
+        max_bad_fraction=max_bad_fraction,
     ),
     # --group_by_length
     sampler=dict(

@@ -3,8 +3,8 @@
 $ bash tools/dist.sh train projects/internvl/internvl2_2b_lora_coco.py 8 --deepspeed deepspeed_zero1
 $ xtuner-ext merge work_dirs/internvl/internvl2_2b_lora_coco work_dirs/internvl/internvl2_2b_lora_coco_merge
 
-total_batch_size = GPUs x batch_size x accumulation: 512 = 8 x 4 x 16, or 1 x 4 x 128 on one GPU, whose 128 batches of an
-optimizer step wait in memory.
+total_batch_size = GPUs x batch_size x accumulation: 512 = 8 x 4 x 16, or 1 x 4 x 128 on one GPU, whose 128 batches of
+an optimizer step wait in memory.
 """
 
 from mmengine.config import read_base

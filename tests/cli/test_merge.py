@@ -96,3 +96,16 @@ def test_mistakes(llama, tmp_path, monkeypatch, capsys, argv, message):
     assert run(argv) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_chat_takes_an_adapter_that_was_tuned_beside_its_model(adapter, student, internvl2, tmp_path, capsys):  # noqa: F811
+    ask = ["--prompt", "Which is larger?", "--max-new-tokens", "6"]
+    assert run(["merge", str(tmp_path / "adapter"), str(tmp_path / "merged")]) == 0
+    capsys.readouterr()
+    answers = []
+    for words in ([str(tmp_path / "merged")], [str(student), "--adapter", str(tmp_path / "adapter")], [str(student)]):
+        assert run(["chat", *words, *ask]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] != answers[2]
+    assert run(["chat", str(internvl2), "--adapter", str(tmp_path / "adapter"), *ask]) == 2
+    assert "was trained beside other weights" in capsys.readouterr().err

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -33,6 +33,19 @@ def tune(build, tmp_path):  # noqa: F811
         return model.llm, tmp_path / "adapter"
 
     return tune
+
+
+@pytest.fixture
+def text_base(tmp_path, write_text_model, digits):
+    """Function that writes a text model's folder with a tokenizer; returns transformers' model."""
+
+    def write(family, **changes):
+        model = write_text_model(tmp_path / "base", family, vocab_size=512, **changes)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (tmp_path / "base" / name).write_bytes((digits / "tokenizer" / name).read_bytes())
+        return model
+
+    return write
 
 
 def test_a_teacher_becomes_a_folder_of_ours(tune, internvl2, tmp_path):  # noqa: F811
@@ -78,7 +91,7 @@ torch.save((inputs, model(**inputs).logits, answer), sys.argv[2])
     result = run([sys.executable, "-c", script, tmp_path / "out", tmp_path / "x.pt"], tmp_path, variables=variables)
     assert result.returncode == 0, result.stderr
     inputs, logits, answer = torch.load(tmp_path / "x.pt")
-    torch.testing.assert_close(tuned(**inputs).logits, logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(tuned(**inputs).logits, logits, rtol=1e-3, atol=1e-3)
     assert torch.equal(tuned.generate(**inputs, max_new_tokens=8, do_sample=False, eos_token_id=None), answer)
 
 
@@ -108,11 +121,9 @@ def test_our_own_layout_is_no_original_one(tune, student, tmp_path):  # noqa: F8
         merge_adapter(adapter, tmp_path / "out", layout="original")
 
 
-def test_a_head_that_is_the_embedding(build, tmp_path, digits, write_text_model):  # noqa: F811
+def test_a_head_that_is_the_embedding(build, tmp_path, text_base):  # noqa: F811
+    text_base("llama", tie_word_embeddings=True)
     base = tmp_path / "base"
-    write_text_model(base, "llama", tie_word_embeddings=True, vocab_size=512)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (base / name).write_bytes((digits / "tokenizer" / name).read_bytes())
     model = build(base, lora=dict(language=dict(r=2)), freeze=dict(embeddings=False, head=False)).eval()
     model._write_adapter(str(base), tmp_path / "adapter", False)
     merge_adapter(tmp_path / "adapter", tmp_path / "out")
@@ -208,6 +219,21 @@ def test_a_failed_check_leaves_nothing(tune, student, tmp_path, monkeypatch):  #
 
 
 # ---------------------------------------------------------------- transformers' own models
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("targets", [None, ["q_proj", "up_proj"]])
+def test_adapters_of_text_models_serve_both_classes(build, text_base, tmp_path, family, targets):  # noqa: F811
+    """What we train goes beside transformers' own class, and what PEFT writes for that goes into ours."""
+    theirs, ids = text_base(family), torch.arange(20, 40)[None]
+    model = build(tmp_path / "base", lora=dict(language=dict(r=3, targets=targets))).eval()
+    model._write_adapter(str(tmp_path / "base"), tmp_path / "adapter", False)
+    tuned = PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
+    torch.testing.assert_close(tuned(ids).logits, model.llm(ids).logits, rtol=1e-4, atol=1e-4)
+    tuned.save_pretrained(tmp_path / "saved")
+    merge_adapter(tmp_path / "saved", tmp_path / "out", base=str(tmp_path / "base"))
+    merged = HybridVLForCausalLM.from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(merged(ids).logits, tuned(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])

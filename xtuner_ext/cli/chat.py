@@ -1,6 +1,7 @@
-"""xtuner-ext chat DIR [--image FILE] [--prompt TEXT]: talk to a teacher or a student."""
+"""xtuner-ext chat DIR [--image FILE] [--prompt TEXT]: talk to a teacher, a student, or a LLaVA in XTuner's parts."""
 
 import argparse
+import io
 import logging
 import re
 import sys
@@ -17,6 +18,10 @@ def parse_args(argv):
         epilog="example: xtuner-ext chat work_dirs/digits/export_linear --image x.png --prompt 'Is there a 7?'",
     )
     parser.add_argument("model_name_or_path", help="folder of a student or of a supported teacher")
+    parser.add_argument("--llava", help="folder that `convert pth_to_hf` made of a LLaVA with this language model")
+    parser.add_argument("--visual-encoder", help="with --llava: folder of the vision tower, where it was not tuned")
+    parser.add_argument("--visual-select-layer", type=int, default=-2, help="with --llava: layer of the tower that is read")
+    parser.add_argument("--adapter", help="folder of an adapter that was tuned beside this model")
     parser.add_argument("--image", action="append", default=[], help="image of the first question; may be repeated")
     parser.add_argument("--prompt", help="ask this once, print the answer and leave")
     parser.add_argument("--prompt-template", help="conversation template (default: the model's own)")
@@ -38,13 +43,16 @@ def parse_args(argv):
 
 def belongs_to_stock(argv):
     """bool: Whether the command line names a model or option that only stock ``xtuner chat`` handles."""
-    stock_only = {"--adapter", "--llava", "--visual-encoder", "--visual-select-layer", "--bits", "--with-plugins"}
-    stock_only |= {"--lagent", "--offload-folder", "--system-template"}
+    stock_only = {"--bits", "--with-plugins", "--lagent", "--offload-folder", "--system-template"}
     if any(word.split("=", 1)[0] in stock_only for word in argv):
         return True
     if {"-h", "--help"} & set(argv):
         return False
-    positional = parse_args(argv).model_name_or_path
+    args = parse_args(argv)
+    positional = args.model_name_or_path
+    if args.adapter is not None and not (Path(args.adapter) / "base_model.json").is_file():
+        # Of XTuner's own, for models in their own classes.
+        return True
     from ..convert.teacher import read_model_config, resolve_folder
 
     folder = resolve_folder(positional)
@@ -76,26 +84,39 @@ def main(argv):
     import torch
     from transformers import TextStreamer
 
-    from ..data.dataset import open_image
     from .loading import choose_template, load_model
     from .session import ChatSession
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
     torch.manual_seed(args.seed)
-    images = [open_image(Path(path), "--image") for path in args.image]
-    model, processor = load_model(
-        args.model_name_or_path, args.torch_dtype, trust_remote_code=args.trust_remote_code
-    )
+    images = [open_picture(path) for path in args.image]
+    if args.llava is None:
+        if args.visual_encoder is not None:
+            raise UserError(f"--visual-encoder {args.visual_encoder} is a part of a LLaVA, whose folder --llava names")
+        model, processor = load_model(
+            args.model_name_or_path,
+            args.torch_dtype,
+            trust_remote_code=args.trust_remote_code,
+            adapter=args.adapter,
+        )
+        _, template = choose_template(args.prompt_template, model, processor, args.model_name_or_path)
+    else:
+        from .llava import llava_template, load_llava_model
+
+        model, processor = load_llava_model(args)
+        template = llava_template(args.prompt_template, model, processor, args.model_name_or_path)
     if images and model.config.vision is None:
         raise UserError(f"{args.model_name_or_path} has no image front end, --image can not be used")
-    _, template = choose_template(args.prompt_template, model, processor, args.model_name_or_path)
-    session = ChatSession(model, processor, template, args.system, tuple(args.stop_words))
+    words = tuple(args.stop_words)
+    session = ChatSession(model, processor, template, args.system, words)
     generation = dict(
         max_new_tokens=args.max_new_tokens,
         repetition_penalty=args.repetition_penalty,
         prefill_chunk_size=args.prefill_chunk_size,
         do_sample=args.temperature > 0,
     )
+    if words := words_of_several_tokens((*template.stop_words, template.suffix, *words), processor.tokenizer):
+        generation.update(stop_strings=words, tokenizer=processor.tokenizer)
     if args.temperature > 0:
         generation.update(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
 
@@ -113,6 +134,27 @@ def main(argv):
         ask(args.prompt, images, stream=False)
         return 0
     return converse(ask, session, images, args.bot_name, stream=not args.no_streamer)
+
+
+def open_picture(source):
+    """PIL.Image.Image: A picture from a file or an http address; UserError where there is none."""
+    from ..data.dataset import open_image
+
+    if not source.startswith(("http://", "https://")):
+        return open_image(Path(source), "--image")
+    import requests
+
+    try:
+        answer = requests.get(source, timeout=30)
+        answer.raise_for_status()
+    except requests.RequestException as error:
+        raise UserError(f"--image {source} can not be fetched: {error}") from error
+    return open_image(io.BytesIO(answer.content), f"--image {source}")
+
+
+def words_of_several_tokens(words, tokenizer):
+    """list[str]: Those of some stop words that are no single token, and so have to be looked for in the text."""
+    return sorted({word for word in words if len(tokenizer(word, add_special_tokens=False).input_ids) > 1})
 
 
 def converse(ask, session, images, bot_name, stream):

@@ -50,15 +50,23 @@ def main(argv):
 
     path = find_config(args.config)
     config = load_config(path, args.cfg_options)
+    from xtuner.model import LLaVAModel
+
     from ..distill.base import HybridModel
 
     # Reading the item makes a lazy config import the class.
     model_type = config.model["type"]
-    if not (isinstance(model_type, type) and issubclass(model_type, HybridModel)):
+    if not (isinstance(model_type, type) and issubclass(model_type, (HybridModel, LLaVAModel))):
         return run_stock("convert pth_to_hf", argv[1:])
     refuse_foreign_folder(args.save_dir)
     if not os.path.exists(args.pth_model):
         raise UserError(f"checkpoint {args.pth_model} does not exist")
+    if issubclass(model_type, LLaVAModel):
+        from ..convert.llava_export import export_llava
+
+        export_llava(config, args.pth_model, args.save_dir, args.save_format, args.fp32, args.max_shard_size)
+        sys.stdout.write(f"written to {args.save_dir}\n")
+        return 0
     pth_to_hf(config, args.pth_model, args.save_dir, args.fp32, args.max_shard_size)
     # Dumped, not copied: a copy would look for the files it inherits from.
     config.dump(os.path.join(args.save_dir, "xtuner_config.py"))
@@ -119,10 +127,11 @@ def pth_to_hf(config, checkpoint, out, fp32=False, max_shard_size="2GB"):
     if found and found.get("stage") != ours.get("stage"):
         stages = [f"stage {d['stage']}" if "stage" in d else "fine-tuning" for d in (found, ours)]
         raise UserError(f"checkpoint {checkpoint} comes from {stages[0]}, the config is of {stages[1]}")
-    for key in ("layer_types", "mixer", "teacher", "lora"):
+    for key in ("layer_types", "mixer", "teacher", "base", "lora"):
         if found and found.get(key) != ours.get(key):
             raise UserError(
-                f"checkpoint {checkpoint} was trained with another {key}: {found.get(key)}, the config has {ours.get(key)}"
+                f"checkpoint {checkpoint} was trained with another {key}: {found.get(key)}, "
+                f"the config has {ours.get(key)}"
             )
     missing, surplus = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
     if missing or surplus:
@@ -137,7 +146,7 @@ def pth_to_hf(config, checkpoint, out, fp32=False, max_shard_size="2GB"):
 
 def refuse_foreign_folder(folder):
     """Raise UserError when a folder holds something other than an earlier conversion."""
-    ours = ("generation_config.json", "adapter_config.json")
+    ours = ("generation_config.json", "adapter_config.json", "xtuner_config.py")
     if os.path.isdir(folder) and os.listdir(folder) and not any(os.path.isfile(os.path.join(folder, n)) for n in ours):
         raise UserError(f"{folder} is not empty and holds no earlier conversion: choose another folder")
     if os.path.exists(folder) and not os.path.isdir(folder):

@@ -11,7 +11,7 @@ from ..modeling import HybridVLForCausalLM
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def load_model(folder, dtype="auto", device=None, trust_remote_code=False):
+def load_model(folder, dtype="auto", device=None, trust_remote_code=False, adapter=None):
     """Load an exported student or a teacher of a known family.
 
     Args:
@@ -19,12 +19,13 @@ def load_model(folder, dtype="auto", device=None, trust_remote_code=False):
         dtype (str): ``auto`` (fp32 on a CPU, the folder's own on a GPU), ``fp32``, ``bf16`` or ``fp16``.
         device (str, optional): ``cpu`` or ``cuda``; a GPU when there is one.
         trust_remote_code (bool): Run the folder's own tokenizer code.
+        adapter (str, optional): Folder of an adapter, which is merged in memory.
 
     Returns:
         tuple[HybridVLForCausalLM, HybridVLProcessor]: Ready to generate.
 
     Raises:
-        UserError: For a folder that is missing, incomplete or of another kind.
+        UserError: For a folder that is missing, incomplete or of another kind, or another model's adapter.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype == "auto" and device == "cpu":
@@ -40,7 +41,18 @@ def load_model(folder, dtype="auto", device=None, trust_remote_code=False):
             raise UserError(f"{path} does not load: {str(error).splitlines()[0]}") from error
     else:
         model = load_teacher(path, torch_dtype)
+    if adapter is not None:
+        model = _with_adapter(model, path, adapter)
     return model.to(device).eval(), load_processor(path, trust_remote_code=trust_remote_code)
+
+
+def _with_adapter(model, folder, adapter):
+    # PEFT takes seconds to import.
+    from ..convert.merge import attach, check_base, read_adapter
+
+    config, state, facts = read_adapter(adapter)
+    check_base(model, folder, adapter, facts)
+    return attach(model, config, state, adapter).merge_and_unload()
 
 
 def choose_template(wanted, model, processor, folder):

@@ -103,7 +103,8 @@ def adapter_of_run(work_dir, out):
     from .config_options import load_config
     from .convert import pth_to_hf
 
-    configs = sorted(work_dir.glob("*.py"), key=lambda path: path.stat().st_mtime)
+    # MMEngine keeps what each start of a run was given; DeepSpeed puts scripts of its own beside the checkpoints.
+    configs = sorted(work_dir.glob("*/vis_data/config.py"))
     if not configs or not (work_dir / "last_checkpoint").is_file():
         raise UserError(
             f"{work_dir} holds neither adapter_config.json nor a training run: expected a config and last_checkpoint"
@@ -139,7 +140,7 @@ def stock_merge(argv):
     parser.add_argument("--max-shard-size", default="2GB", help="largest weight file")
     parser.add_argument("--is-clip", action="store_true", help="the base is a CLIP vision tower")
     parser.add_argument("--safe-serialization", action="store_true", help="accepted; safetensors is always written")
-    parser.add_argument("--device", default="cpu", choices=("cuda", "cpu", "npu", "auto"), help="accepted; a CPU merges")
+    parser.add_argument("--device", default="cpu", choices=("cuda", "cpu", "npu", "auto"), help="ignored: a CPU merges")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the base folder's own code")
     args = parser.parse_args(argv)
     from .convert import refuse_foreign_folder

@@ -3,11 +3,12 @@
 A user's mistake ends it in one sentence, and a reader of its output that leaves early, as `head` does, in silence.
 """
 
+import argparse
 import os
 import runpy
 import sys
 
-from xtuner_ext import autoload
+from xtuner_ext import autoload, compat
 
 
 def main(argv):
@@ -17,6 +18,8 @@ def main(argv):
         argv (list[str]): The file and its arguments.
     """
     autoload.install()
+    if os.environ.get("XTUNER_EXT") != "0":
+        compat.read_select_layer_as_number(argparse)
     sys.argv = argv
     sys.path[0] = os.path.dirname(argv[0])
     runpy.run_path(argv[0], run_name="__main__")

@@ -93,7 +93,7 @@ def write_model(model, processor, out, source, dtype=torch.bfloat16, max_shard_s
     model = model.to(dtype).eval()
     logging.disable_progress_bar()
     with whole_folder(out) as folder:
-        _write_weights(model, folder, max_shard_size)
+        write_weights(model, folder, max_shard_size)
         write_processor(processor, template, folder)
         _write_generation_config(processor, config, template, folder)
         (folder / "README.md").write_text(_model_card(config, source, dtype, recipe), encoding="utf-8")
@@ -164,7 +164,8 @@ def _assemble(student, frozen, trained):
     return state
 
 
-def _write_weights(student, folder, max_shard_size):
+def write_weights(student, folder, max_shard_size):
+    """Write configuration, weights and modelling files into an existing folder."""
     student.config.auto_map = AUTO_MAP
     student.config.architectures = [type(student).__name__]
     student.config.dtype = student.lm_head.weight.dtype

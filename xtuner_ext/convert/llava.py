@@ -105,9 +105,9 @@ def processor_settings(raw, where="config.json"):
     original = _is_original(raw)
     folder = _tower_folder(raw, where) if original else Path(where).parent
     size = model_config(raw, where).vision["image_size"]
-    fields, file = _image_processor(folder)
+    fields, file = read_image_processor(folder)
     pad = raw.get("image_aspect_ratio") == "pad" if original else fields.get("do_pad", False)
-    name = _normalisation(fields, file)
+    name = find_normalisation(fields, file)
     _check_size(fields, file, size, pad)
     return {
         "image_size": size,
@@ -272,8 +272,8 @@ def _tower_folder(raw, where):
     )
 
 
-def _image_processor(folder):
-    """tuple[dict, Path | None]: Settings of transformers' image processor and their file."""
+def read_image_processor(folder):
+    """tuple[dict, Path | None]: Settings of transformers' image processor in a folder, and their file; empty without one."""
     # transformers 5 may keep them inside the processor's file.
     for name, section in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
         path = folder / name
@@ -285,7 +285,19 @@ def _image_processor(folder):
     return {}, None
 
 
-def _normalisation(fields, file):
+def find_normalisation(fields, file):
+    """Name of an image processor's mean and deviation.
+
+    Args:
+        fields (dict): Its settings.
+        file (Path | None): Where they stand, for messages.
+
+    Returns:
+        str: A key of ``NORMALISATION``; CLIP's where nothing is set.
+
+    Raises:
+        UserError: For other numbers.
+    """
     found = fields.get("image_mean"), fields.get("image_std")
     if found == (None, None):
         return "clip"

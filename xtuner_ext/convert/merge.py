@@ -14,8 +14,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..errors import UserError
+from ..modeling import HybridVLForCausalLM
 from .checkpoint import find_dtype, read_json, read_state, weight_files, whole_folder
 from .export import PARITY_TOLERANCE, check_parity, probe_logits, relative_difference, write_model
+from .llama import ATTENTION, MIXER
 from .teacher import load_processor, load_teacher, read_model_config, resolve_folder
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -88,6 +90,10 @@ def attach(model, config, state, where):
     """
     # No task: its wrapper would ask more of the model than layers.
     config.inference_mode, config.task_type = True, None
+    if isinstance(model, HybridVLForCausalLM):
+        # Llama and Qwen2 have the other name in their own classes, which adapters of theirs are written for.
+        rename_targets(config, ATTENTION, MIXER)
+        state = {key.replace(ATTENTION, MIXER): value for key, value in state.items()}
     # Else PEFT warns that the base has changed its name.
     model.name_or_path = config.base_model_name_or_path
     try:
@@ -108,6 +114,15 @@ def attach(model, config, state, where):
             )
     set_peft_model_state_dict(tuned, state)
     return tuned.eval()
+
+
+def rename_targets(config, old=None, new=None):
+    """Replace a part of the layers' names in a PEFT configuration, in place."""
+    if old is not None:
+        for field in ("target_modules", "modules_to_save"):
+            names = getattr(config, field)
+            if not isinstance(names, (str, type(None))):
+                setattr(config, field, type(names)(f".{name}.".replace(old, new)[1:-1] for name in names))
 
 
 def merge_weights(model, config, state, where, probe):
@@ -234,10 +249,12 @@ def write_original(model, base, out, dtype=None, max_shard_size="5GB"):
     before = read_state(folder)
     after = family.to_checkpoint(config, model.state_dict())
     if surplus := sorted(set(after) - set(before)):
-        raise UserError(f"{base} does not hold {surplus[0]}, which lies in another folder: merge without --layout original")
+        raise UserError(
+            f"{base} does not hold {surplus[0]}, which lies in another folder: merge without --layout original"
+        )
     # What no forward pass reads is kept as it was.
     state = {key: after.get(key, value).to(dtype or value.dtype).contiguous() for key, value in before.items()}
-    weights = {path.name for path in weight_files(folder)} | {f"{path.name}.index.json" for path in weight_files(folder)}
+    weights = {path.name for path in weight_files(folder)}
     with whole_folder(out) as work:
         for path in folder.iterdir():
             if path.is_file() and path.name not in weights and not path.name.endswith(".index.json"):

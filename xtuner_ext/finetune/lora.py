@@ -9,7 +9,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import nn
 
-from ..convert.merge import BASE_FILE, WEIGHTS_FILE
+from ..convert.merge import BASE_FILE, WEIGHTS_FILE, rename_targets
 from ..errors import UserError
 from .parts import LORA_PARTS, linear_layers
 
@@ -137,7 +137,9 @@ def saved_modules(llm):
         # PEFT can wrap no list of modules.
         whole = name and not isinstance(module, (nn.ModuleList, LoraLayer)) and not has_lora(module)
         if own and not whole:
-            raise UserError(f"{name or 'the model'} trains in part and has adapters inside, which no adapter file can hold")
+            raise UserError(
+                f"{name or 'the model'} trains in part and has adapters inside, which no adapter file can hold"
+            )
         parameters = list(module.parameters())
         if own or (whole and parameters and all(p.requires_grad for p in parameters)):
             found.append(name)
@@ -150,18 +152,20 @@ def saved_modules(llm):
     return found
 
 
-def write_adapter(llm, config, folder, facts):
+def write_adapter(llm, config, folder, facts, names=()):
     """Write the trained weights as a PEFT adapter.
 
     Args:
         llm (HybridVLForCausalLM): Trained.
         config (peft.LoraConfig): That :func:`add_lora` used.
         folder (Path): Existing folder to write into.
-        facts (dict): What tells the base model from others, read back by :func:`~xtuner_ext.convert.merge.read_adapter`.
+        facts (dict): What tells the base model from others; :func:`~xtuner_ext.convert.merge.read_adapter` reads it.
+        names (tuple[str, str], optional): A part of our layers' names and what the base's own class has in its place.
     """
     saved = saved_modules(llm)
     config = copy.deepcopy(config)
     config.modules_to_save, config.inference_mode = saved or None, True
+    rename_targets(config, *names)
     config.save_pretrained(folder)
     state = {}
     for name, tensor in llm.state_dict().items():
@@ -169,5 +173,6 @@ def write_adapter(llm, config, folder, facts):
             state[PEFT_PREFIX + name.replace(INNER, ".")] = tensor
         elif name.startswith(tuple(f"{module}." for module in saved)):
             state[PEFT_PREFIX + name] = tensor
+    state = {name.replace(*names) if names else name: tensor for name, tensor in state.items()}
     save_file({name: tensor.detach().cpu().clone() for name, tensor in state.items()}, Path(folder) / WEIGHTS_FILE)
     (Path(folder) / BASE_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: of all weights, of chosen parts, or of LoRA adapters beside frozen, perhaps quantised ones."""
+"""Supervised fine-tuning: of all weights, of chosen parts, or of adapters beside frozen, perhaps quantised ones."""
 
 import json
 
@@ -6,9 +6,11 @@ import torch
 from mmengine.dist import all_reduce, get_world_size
 from mmengine.logging import MessageHub
 
+from ..convert import llama, qwen2
 from ..convert.checkpoint import whole_folder
 from ..convert.export import export_student, write_processor
-from ..convert.teacher import load_processor
+from ..convert.llama import ATTENTION, MIXER
+from ..convert.teacher import load_processor, resolve_folder, teacher_family
 from ..data.dataset import samples_config
 from ..data.masking import next_token_rows
 from ..data.template_fit import detect_template, fit_template
@@ -43,6 +45,7 @@ class SupervisedModel(HybridModel):
         use_activation_checkpointing (bool): Recompute activations layer by layer in the backward pass.
         trainable_dtype (str, optional): Such as ``"float32"``, for weights that train beside frozen bf16 ones under
             automatic mixed precision.
+        seed (int): Of the adapters' first weights.
         data_preprocessor (dict, optional): MMEngine's.
 
     Raises:
@@ -58,13 +61,14 @@ class SupervisedModel(HybridModel):
         loss_reduction="token",
         use_activation_checkpointing=False,
         trainable_dtype=None,
+        seed=0,
         data_preprocessor=None,
     ):
         super().__init__(llm, data_preprocessor)
         if loss_reduction not in REDUCTIONS:
             raise UserError(f"model.loss_reduction is {loss_reduction!r}, expected one of {', '.join(REDUCTIONS)}")
         self.loss_reduction, self.step_weight = loss_reduction, None
-        self.base_digest = weights_digest(self.llm) if lora else None
+        self.base_digest = weights_digest(self.llm)
         if lora or freeze:
             freeze_parts(self.llm, freeze or {}, default=bool(lora))
         # Before adapters make linear layers of their own.
@@ -74,7 +78,10 @@ class SupervisedModel(HybridModel):
             self.lora_config = lora_config(self.llm, lora, base)
         self.quantization = quantise_language(self.llm, dict(quantization)) if quantization else None
         if self.lora_config is not None:
-            add_lora(self.llm, self.lora_config)
+            # The same whatever random numbers a runner has drawn before.
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                add_lora(self.llm, self.lora_config)
         self.settings = {"lora": _plain(lora), "freeze": _plain(freeze), "quantization": self.quantization}
         if not any(parameter.requires_grad for parameter in self.parameters()):
             raise UserError("no parameter of the model trains, check model.freeze")
@@ -156,10 +163,11 @@ class SupervisedModel(HybridModel):
 
     def describe(self):
         """dict: What makes a checkpoint of this run fit another run."""
-        return {"kind": "supervised", **self.settings, "layer_types": list(self.llm.config.layer_types)}
+        facts = {"layer_types": list(self.llm.config.layer_types), "base": self.base_digest}
+        return {"kind": "supervised", **self.settings, **facts}
 
     def to_hf(self, cfg, save_dir, fp32=False, save_pretrained_kwargs=None, **_):
-        """Write a PEFT adapter where there is one, else a complete model folder; called by ``xtuner convert pth_to_hf``.
+        """Write a PEFT adapter where there is one, else a whole model folder; called by ``xtuner convert pth_to_hf``.
 
         Args:
             cfg (Config): The training config; ``cfg.model.llm`` names the base model.
@@ -198,7 +206,9 @@ class SupervisedModel(HybridModel):
         name = self.llm.config.template or detect_template(processor.tokenizer)
         facts = {"base_model": str(base), "weights_digest": self.base_digest, "quantization": self.quantization}
         with whole_folder(out) as folder:
-            write_adapter(self.llm, self.lora_config, folder, facts)
+            # So that the base's own class takes the adapter too.
+            names = (MIXER, ATTENTION) if teacher_family(resolve_folder(base)) in (llama, qwen2) else ()
+            write_adapter(self.llm, self.lora_config, folder, facts, names)
             write_processor(processor, fit_template(name, processor.tokenizer) if name else None, folder)
             (folder / "README.md").write_text(_card(base, self.describe()), encoding="utf-8")
 

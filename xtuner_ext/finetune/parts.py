@@ -65,14 +65,15 @@ def freeze_parts(llm, freeze, default):
     """
     freeze = dict(freeze)
     if unknown := sorted(set(freeze) - {*PARTS, "unfreeze_vit_layers"}):
-        raise UserError(f"unknown key model.freeze.{unknown[0]}, expected one of {', '.join(PARTS)}, unfreeze_vit_layers")
+        known = ", ".join((*PARTS, "unfreeze_vit_layers"))
+        raise UserError(f"unknown key model.freeze.{unknown[0]}, expected one of {known}")
     layers = freeze.pop("unfreeze_vit_layers", 0)
     present = {part_of(llm, name) for name, _ in llm.named_parameters()}
     if llm.config.tie_word_embeddings:
         present.add("head")
         both = [freeze.get(part, default) for part in ("embeddings", "head")]
         if both[0] != both[1]:
-            raise UserError("model.freeze treats embeddings and head differently, but this model's head is its embedding")
+            raise UserError("model.freeze treats embeddings and head differently, but this model has one for both")
     for part, frozen in freeze.items():
         if not isinstance(frozen, bool):
             raise UserError(f"model.freeze.{part} is {frozen!r}, expected True or False")

@@ -496,6 +496,10 @@ class HybridVLForCausalLM(HybridVLPreTrainedModel, GenerationMixin):
             # A picture's slot is filled by the user, never written by the model.
             kwargs.setdefault("suppress_tokens", [self.config.image_token_id])
         if input_ids is None:
+            embeds = kwargs.get("inputs_embeds")
+            if embeds is not None and past_key_values is None:
+                # transformers' own cache holds keys and values alone.
+                past_key_values, _ = self._decoding_cache(embeds[..., 0], None, False, kwargs)
             return super().generate(past_key_values=past_key_values, **kwargs)
         if kwargs.get("attention_mask") is None:
             # transformers would guess padding from the pad id, which may be an ordinary token.

@@ -1,15 +1,28 @@
 """A vision transformer, optional pixel shuffle and projector in front of the decoder, as InternVL2 and LLaVA have."""
 
 from torch import nn
-from transformers import CLIPVisionConfig, CLIPVisionModel, InternVLVisionConfig, InternVLVisionModel
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    InternVLVisionConfig,
+    InternVLVisionModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from .vision import pixel_shuffle
 
-TOWERS = {"clip": (CLIPVisionConfig, CLIPVisionModel), "intern_vit": (InternVLVisionConfig, InternVLVisionModel)}
+TOWERS = {
+    "clip": (CLIPVisionConfig, CLIPVisionModel),
+    "intern_vit": (InternVLVisionConfig, InternVLVisionModel),
+    "siglip": (SiglipVisionConfig, SiglipVisionModel),
+}
+# Towers whose output begins with a token that stands for the whole image.
+CLASS_TOKEN = ("clip", "intern_vit")
 
 
 class ViTVision(nn.Module):
-    """Vision tower without its class token's output, and a projector to the decoder's width.
+    """Vision tower without the output of a class token, and a projector to the decoder's width.
 
     Only the layers up to the selected one are built: the others would have no gradient and no effect.
 
@@ -26,9 +39,10 @@ class ViTVision(nn.Module):
         # A tile is short and unmasked, so the decoder's choice of attention does not matter here.
         tower_config._attn_implementation = "sdpa"
         self.tower = model_class(tower_config)
-        if vision["tower"] == "clip":
-            # It normalises the class token's output alone, which nobody reads.
+        if vision["tower"] != "intern_vit":
+            # CLIP's normalises the class token's output alone, SigLIP's the last layer's, which LLaVA does not take.
             self.tower.post_layernorm = nn.Identity()
+        self.first_patch = int(vision["tower"] in CLASS_TOKEN)
         self.patch_size = vision["patch_size"]
         self.downsample_ratio = vision["downsample_ratio"]
         channels = int(tower_config.hidden_size / self.downsample_ratio**2)
@@ -45,7 +59,7 @@ class ViTVision(nn.Module):
             Tensor: (T, tokens per tile, D).
         """
         rows, columns = (side // self.patch_size for side in pixel_values.shape[-2:])
-        hidden = self.tower(pixel_values).last_hidden_state[:, 1:]
+        hidden = self.tower(pixel_values).last_hidden_state[:, self.first_patch :]
         if self.downsample_ratio != 1:
             hidden = pixel_shuffle(hidden.unflatten(1, (rows, columns)), self.downsample_ratio).flatten(1, 2)
         return self.projector(hidden)
