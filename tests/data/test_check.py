@@ -111,6 +111,15 @@ def test_processes_find_what_one_finds(check, tmp_path, monkeypatch):
     assert found["warnings"] == [f"the meta file says length 400, {tmp_path / 'd.jsonl'} has 399 lines"]
 
 
+def test_very_many_bad_lines_are_counted_and_the_first_are_named(check, tmp_path, monkeypatch):
+    monkeypatch.setattr("xtuner_ext.data.check.PIECE", 100)
+    monkeypatch.setattr("xtuner_ext.data.check.NAMED", 60)
+    (tmp_path / "d.jsonl").write_text("{\n" * 200)
+    (tmp_path / "meta.json").write_text(json.dumps({"d": {"annotation": "d.jsonl"}}))
+    (found,) = check(tmp_path / "meta.json")["datasets"]
+    assert found["bad"] == {"json": 200} and [line["line"] for line in found["bad_lines"]] == [*range(1, 61)]
+
+
 def test_a_process_that_is_killed_ends_the_check(check, tmp_path, monkeypatch):
     monkeypatch.setattr("xtuner_ext.data.check.PIECE", 400)
     monkeypatch.setattr("xtuner_ext.data.check._Checker._measure", lambda *_: __import__("os")._exit(9))

@@ -19,9 +19,9 @@ def add_parser(verbs):
         "check",
         help="what training would lose, and how long samples are",
         description="Check every line, path, placeholder and header of the datasets that a meta JSON names; with a "
-        "model also its template, and the exact lengths of all samples in tokens. Images are decoded only where the end "
-        "of the file does not tell that it is whole, videos never. Ends with status 1 if training would lose anything, "
-        "with 2 if the meta file itself or the command is wrong.",
+        "model also its template, and the exact lengths of all samples in tokens. Images are decoded only where the "
+        "end of the file does not tell that it is whole, videos never. Ends with status 1 if training would lose "
+        "anything, with 2 if the meta file itself or the command is wrong.",
         epilog="example: xtuner-ext data check work_dirs/digits/data/train.json --model digits-teacher",
     )
     parser.add_argument("meta", metavar="META.json", help="the meta file of the datasets")
@@ -191,7 +191,9 @@ def print_report(report, args):
     for loss in report["lost"]:
         _say(screen, f"lost in training: {loss}", "bold red")
     if any(count > EXAMPLES for dataset in report["datasets"] for count in dataset["bad"].values()):
-        _say(screen, f"all bad lines are named in {args.json}" if args.json else "--json FILE names all bad lines")
+        whole = all(sum(dataset["bad"].values()) == len(dataset["bad_lines"]) for dataset in report["datasets"])
+        place = args.json or "the report, with --json FILE"
+        _say(screen, f"{'all' if whole else 'the first'} bad lines are named in {place}")
     if not report["lost"]:
         within = bool(report["total"]["bad"])
         _say(screen, "bad lines are within the limit" if within else "nothing would be lost in training")

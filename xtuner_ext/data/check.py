@@ -25,6 +25,8 @@ ENDS, TAIL = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}, 64
 KINDS = ("text", "image", "images", "video")
 PIECE = 1 << 20  # bytes of lines that a process checks at a time
 KEPT = 50_000  # images whose tiles are remembered
+# Bad lines of a dataset that are named, all others are counted: where every line is bad, one of them says why.
+NAMED = 100_000
 # For the estimate of padding: samples of a batch, and samples that are looked at.
 BATCH, SAMPLED = 8, 100_000
 
@@ -51,8 +53,8 @@ def check_meta(
             of those just done, see :func:`~xtuner_ext.cli.progress.progress`.
 
     Returns:
-        dict: ``datasets``, each with counts, lengths and every bad line, their ``total``, and how full ``batches``
-        would be; as JSON can hold it.
+        dict: ``datasets``, each with counts, lengths and bad lines (up to :data:`NAMED`), their ``total``, and how full
+        ``batches`` would be; as JSON can hold it.
 
     Raises:
         UserError: For a mistake in the meta file itself, or a process that was killed.
@@ -138,7 +140,8 @@ def _take(waiting, found, advance):
     number, size, future = waiting.popleft()
     measures, bad = future.result()
     found[number].measures.append(measures)
-    found[number].bad += bad
+    found[number].bad.update(reason for _, reason, _ in bad)
+    found[number].bad_lines += bad[: NAMED - len(found[number].bad_lines)]
     advance(size >> 10)
 
 
@@ -282,7 +285,7 @@ class _Found:
 
     def __init__(self, entry):
         self.entry, self.lines, self.problem = entry, 0, None
-        self.measures, self.bad = [], []
+        self.measures, self.bad, self.bad_lines = [], Counter(), []
 
     def lengths(self, seed):
         """ndarray: Tokens of the samples of a pass, with ``repeat_time``."""
@@ -309,8 +312,8 @@ class _Found:
             "lines": self.lines,
             "samples": len(tokens),
             "kinds": {kind: int((kinds == number).sum()) for number, kind in enumerate(KINDS)},
-            "bad": dict(Counter(reason for _, reason, _ in self.bad)),
-            "bad_lines": [dict(zip(("line", "reason", "message"), line)) for line in self.bad],
+            "bad": dict(self.bad),
+            "bad_lines": [dict(zip(("line", "reason", "message"), line)) for line in self.bad_lines],
             "tokens": _spread(tokens) if counted and len(tokens) else None,
             "trained_share": trained.sum() / tokens.sum() if counted and len(tokens) else None,
             "tiles": int(tiles.sum()) if counted else None,
