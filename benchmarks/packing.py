@@ -39,6 +39,7 @@ class Mix:
     """
 
     path, max_length = "a random mix", 1 << 20
+    bad, max_bad_fraction, mixture = (), None, None
 
     def __init__(self, count, seed=0):
         generator = np.random.default_rng(seed)
@@ -48,6 +49,7 @@ class Mix:
         self.lengths = text + TOKENS_PER_TILE * tiles
         self.index = np.stack([np.zeros(count, dtype=np.int64), np.arange(count)], axis=1)
         self.sources = [(None, self)]
+        self.line_count = count
 
     def __len__(self):
         return len(self.lengths)

@@ -1,7 +1,7 @@
 """Inputs that are broken in one way each, and what must be said of them.
 
-``write(folder, case)`` makes a dataset of one case: a broken meta file, or one whose line ``LINE`` is bad and whose other
-lines are good.
+``write(folder, case)`` makes a dataset of one case: a broken meta file, or one whose line ``LINE`` is bad and
+whose other lines are good.
 """
 
 import dataclasses
@@ -52,14 +52,18 @@ def _meta(**fields):
 
 
 META_CASES = [
-    Case("meta-not-json", ("meta.json", "is not valid JSON", "line 1 column"), meta=b'{"d": {"annotation": "d.jsonl"},}'),
+    Case("meta-not-json", ("meta.json", "is not valid JSON", "line 1 column"),
+         meta=b'{"d": {"annotation": "d.jsonl"},}'),
     Case("meta-is-a-list", ("meta.json", "at least one dataset"), meta=[{"annotation": "d.jsonl"}]),
     Case("name-twice", ("'d' twice", "expected every name once"), meta=b'{"d": {"annotation": "d.jsonl"}, "d": {}}'),
     Case("unknown-key", ("dataset 'd'", "unknown key 'repeat_times'", "'repeat_time'"), meta=_meta(repeat_times=2)),
     Case("no-annotation", ("dataset 'd'", "has no key 'annotation'"), meta={"d": {"root": "."}}),
-    Case("annotation-missing", ("annotation file", "gone.jsonl does not exist"), meta={"d": {"annotation": "gone.jsonl"}}),
-    Case("annotation-is-a-folder", ("images is a folder, expected a JSONL file",), meta={"d": {"annotation": "images"}}),
-    Case("annotation-empty", ("empty.jsonl is empty", "one JSON object a line"), meta={"d": {"annotation": "empty.jsonl"}}),
+    Case("annotation-missing", ("annotation file", "gone.jsonl does not exist"),
+         meta={"d": {"annotation": "gone.jsonl"}}),
+    Case("annotation-is-a-folder", ("images is a folder, expected a JSONL file",),
+         meta={"d": {"annotation": "images"}}),
+    Case("annotation-empty", ("empty.jsonl is empty", "one JSON object a line"),
+         meta={"d": {"annotation": "empty.jsonl"}}),
     Case("repeat-zero", ("'d' has repeat_time 0, expected a number above 0",), meta=_meta(repeat_time=0)),
     Case("repeat-negative", ("'d' has repeat_time -0.5, expected a number above 0",), meta=_meta(repeat_time=-0.5)),
     Case("repeat-true", ("'d' has repeat_time True, expected a number above 0",), meta=_meta(repeat_time=True)),
@@ -76,7 +80,8 @@ LINE_CASES = [
     Case("cut-off", (*_NO_JSON, "Unterminated string"), "json", b'{"conversations": [{"from": "human", "value": "Wh'),
     Case("trailing-comma", _NO_JSON, "json", json.dumps(asks()).encode()[:-1] + b",}"),
     Case("null-bytes", _NO_JSON, "json", b"\0" * 40),
-    Case("null-byte-in-text", (*_NO_JSON, "control character"), "json", json.dumps(asks("a?b")).encode().replace(b"?", b"\0")),
+    Case("null-byte-in-text", (*_NO_JSON, "control character"), "json",
+         json.dumps(asks("a?b")).encode().replace(b"?", b"\0")),
     Case("latin-1", (*_NO_JSON, "'utf-8' codec"), "json", '{"text": "caf\xe9"}'.encode("latin-1")),
     Case("utf-16", _NO_JSON, "json", json.dumps(asks()).encode("utf-16-le")),
     Case("half-a-character", (*_NO_JSON, "surrogates not allowed"), "json", b'{"text": "\\ud83d"}'),
@@ -84,17 +89,20 @@ LINE_CASES = [
     Case("bare-word", _NO_JSON, "json", b"conversations"),
     Case("array", ("is list, expected an object with a list 'conversations' or a 'text'",), "format", turns("q", "a")),
     Case("nan", ("is float, expected an object",), "format", b"NaN"),
-    Case("neither", ("is an object with ['messages'], expected an object with",), "format", {"messages": turns("q", "a")}),
+    Case("neither", ("is an object with ['messages'], expected an object with",), "format",
+         {"messages": turns("q", "a")}),
     Case("both", ("has both 'text' and 'conversations', expected one",), "format", {"text": "t", **asks()}),
     Case("text-is-a-list", ("'text' is list, expected a string",), "format", {"text": ["t"]}),
     Case("text-empty", ("'text' is empty",), "nothing_trained", {"text": " \n"}),
     Case("text-with-image", ("has images beside 'text', expected them with",), "format", {"text": "t", **_PICTURE}),
     Case("end-is-a-number", ("'end' is 1, expected true or false",), "format", asks(end=1)),
     Case("conversations-text", ("'conversations' is str, expected a list",), "conversation", {"conversations": "q"}),
-    Case("conversations-empty", ("must alternate human and gpt", "found no turn"), "conversation", {"conversations": []}),
+    Case("conversations-empty", ("must alternate human and gpt", "found no turn"), "conversation",
+         {"conversations": []}),
     Case("not-alternating", ("must alternate human and gpt", "found human human"), "conversation",
          {"conversations": [turns("q")[0], turns("r")[0]]}),
-    Case("no-answer", ("end with gpt", "found human gpt human"), "conversation", {"conversations": turns("q", "a", "r")}),
+    Case("no-answer", ("end with gpt", "found human gpt human"), "conversation",
+         {"conversations": turns("q", "a", "r")}),
     Case("wrong-role", ("conversations[1] is from 'bot', expected human or gpt",), "conversation",
          {"conversations": [turns("q")[0], {"from": "bot", "value": "a"}]}),
     Case("role-is-a-list", ("conversations[0] is from ['human'], expected human or gpt",), "conversation",
@@ -107,7 +115,8 @@ LINE_CASES = [
     Case("image-null", ("0 images but 1 <image> placeholders",), "placeholder", asks("<image>", image=None)),
     Case("image-list-null", ("'image' is [None], expected a path or a list of paths",), "format", asks(image=[None])),
     Case("image-number", ("'image' is 7, expected a path or a list of paths",), "format", asks(image=7)),
-    Case("placeholder-surplus", ("1 images but 2 <image> placeholders",), "placeholder", asks("<image><image>", **_PICTURE)),
+    Case("placeholder-surplus", ("1 images but 2 <image> placeholders",), "placeholder",
+         asks("<image><image>", **_PICTURE)),
     Case("placeholder-missing", ("2 images but 1 <image> placeholders",), "placeholder",
          asks("<image>", image=["images/good.png"] * 2)),
     Case("placeholder-in-an-answer", ("conversations[1] has <image> outside a question",), "placeholder",
@@ -130,7 +139,8 @@ LINE_CASES = [
     Case("video-with-image-placeholder", ("0 images but 1 <image> placeholders",), "placeholder",
          asks("<video><image>", **_FILM)),
     Case("no-video", ("0 videos but 1 <video> placeholders",), "placeholder", asks("<video>\nWhat?")),
-    Case("clip-reversed", ("'clip' is [2, 1], expected [start, end] in seconds",), "format", asks(clip=[2, 1], **_FILM)),
+    Case("clip-reversed", ("'clip' is [2, 1], expected [start, end] in seconds",), "format",
+         asks(clip=[2, 1], **_FILM)),
     Case("clip-nan", ("'clip' is [0, nan], expected [start, end]",), "format", asks(clip=[0, float("nan")], **_FILM)),
     Case("clip-outside", ("videos/good.mp4", "'clip' is [5.0, 9.0], expected times within its 2.00 seconds"), "format",
          asks(clip=[5, 9], **_FILM), late=True),

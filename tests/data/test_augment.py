@@ -8,9 +8,12 @@ from xtuner_ext.data.augment import jpeg_again
 
 def test_quality_is_drawn_between_75_and_100(monkeypatch):
     qualities, save = [], Image.Image.save
-    monkeypatch.setattr(
-        Image.Image, "save", lambda self, *args, quality: qualities.append(quality) or save(self, *args, quality=quality)
-    )
+
+    def note(self, *args, quality):
+        qualities.append(quality)
+        save(self, *args, quality=quality)
+
+    monkeypatch.setattr(Image.Image, "save", note)
     rng = np.random.default_rng(0)
     for _ in range(400):
         jpeg_again(Image.new("L", (8, 8)), rng)

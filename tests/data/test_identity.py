@@ -24,7 +24,8 @@ def build(tmp_path, digits_processor):
         (folder / "film.mp4").write_bytes(b"read later")
         (folder / "d.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
         (folder / "d.json").write_text(json.dumps({"d": {"annotation": "d.jsonl", **dict(fields)}}))
-        processor = HybridVLProcessor(digits_processor.tokenizer, **{"image_size": 32, "tokens_per_tile": 4, **settings})
+        sizes = {"image_size": 32, "tokens_per_tile": 4, **settings}
+        processor = HybridVLProcessor(digits_processor.tokenizer, **sizes)
         return ConversationDataset(folder / "d.json", processor, template, **dict(dataset))
 
     return build

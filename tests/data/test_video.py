@@ -56,7 +56,7 @@ def numbers(path, sampling, clip=None, rng=None):
 
 
 def settings(sampling, count=4, **more):
-    return FrameSampling(min_frames=more.pop("fewest", count), max_frames=count, sampling=sampling, folder_fps=RATE, **more)
+    return FrameSampling(more.pop("fewest", count), count, sampling, folder_fps=RATE, **more)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -117,7 +117,7 @@ def test_far_frames_of_long_videos_are_looked_for(videos, kind, monkeypatch):
     sampling = settings("middle", 3)
     expected = sampling.choose(500, RATE)
     assert numbers(path, sampling) == expected == [82, 249, 416]
-    assert len(decoded) < 120 or kind == "h264"
+    assert len(decoded) < 200 or kind == "h264"
     monkeypatch.setattr(video, "SEEK_SECONDS", float("inf"))
     assert numbers(path, sampling) == expected
 
@@ -145,7 +145,8 @@ def test_decoding_nothing_counts_frames(videos, monkeypatch):
 def test_a_video_that_ends_early_is_named(videos, tmp_path):
     avi = videos("avi", frames=500, gop=20).read_bytes()
     (tmp_path / "cut.avi").write_bytes(avi[: len(avi) // 2])
-    with pytest.raises(BadSample, match="d.jsonl:1: .*cut.avi is not a readable video: it ends after .* of 20.00 seconds"):
+    message = "d.jsonl:1: .*cut.avi is not a readable video: it ends after .* of 20.00 seconds"
+    with pytest.raises(BadSample, match=message):
         numbers(tmp_path / "cut.avi", settings("middle", 3))
 
 
@@ -172,7 +173,7 @@ def test_a_caption_names_every_frame():
     [
         (dict(min_frames=0), "min_frames 0 to max_frames 32, expected 1 or more"),
         (dict(min_frames=9, max_frames=8), "min_frames 9 to max_frames 8"),
-        (dict(sampling="random"), "sampling is 'random', expected rand, middle or fps with a number"),
+        (dict(sampling="random"), "sampling is 'random', expected rand, middle or fps and a number"),
         (dict(sampling="fps0"), "sampling is 'fps0'"),
         (dict(folder_fps=0), "folder_fps is 0, expected a number above 0"),
         (dict(frame_prefix="<image>"), "frame_prefix is '<image>'"),

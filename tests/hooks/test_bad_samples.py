@@ -1,4 +1,4 @@
-"""Runs over data with a few bad samples: they train, count exactly and end; above the limit they end in one sentence."""
+"""Runs over data with a few bad samples: they train, count exactly and end; or end in one sentence."""
 
 import json
 import logging
@@ -105,7 +105,8 @@ def test_a_run_trains_counts_exactly_and_ends(project, mixed, tmp_path, name, it
     assert (tmp_path / "run" / f"iter_{iterations}.pth").is_file()
     log = logged(tmp_path / "run")
     # The long line is in no row, so a packed run does not look at it again.
-    assert f"3 bad samples, {298 if name == 'packed' else 299} lines looked at: first: 1 json, 1 unreadable_image; " in log
+    looked_at = 298 if name == "packed" else 299
+    assert f"3 bad samples, {looked_at} lines looked at: first: 1 json, 1 unreadable_image; " in log
     assert "second: 1 too_long" in log
 
 
@@ -168,7 +169,8 @@ class Runner(SimpleNamespace):
     def __init__(self, work_dir, dataset, iteration=0):
         hub = MessageHub(f"hub {id(self)}")
         loader = SimpleNamespace(dataset=dataset)
-        super().__init__(work_dir=work_dir, train_dataloader=loader, message_hub=hub, hooks=[], iter=iteration, max_iters=9)
+        super().__init__(work_dir=work_dir, train_dataloader=loader, message_hub=hub, hooks=[], iter=iteration)
+        self.max_iters = 9
 
 
 class Data:
@@ -193,7 +195,8 @@ def test_the_share_is_of_distinct_samples_and_waits_for_a_hundred(tmp_path):
     for _ in range(50):
         hook.after_train_iter(runner, 0, batch(range(99), range(9)))
     assert len(entries(tmp_path)) == 9
-    with pytest.raises(UserError, match=r"^9.00% of 100 samples are bad samples, .*=0.05: 9 json; the first is d.jsonl:1"):
+    message = "^9.00% of 100 samples are bad samples, .*=0.05: 9 json; the first is d.jsonl:1"
+    with pytest.raises(UserError, match=message):
         hook.after_train_iter(runner, 0, batch([99]))
     # At the end it waits no longer.
     hook, runner = BadSampleHook(interval=100), Runner(tmp_path, Data(0.05))
@@ -212,6 +215,14 @@ def test_lines_that_were_bad_at_the_beginning_count_among_all_lines(tmp_path):
     hook.after_train_iter(runner, 1, batch(range(140, 240), [200]))
     with pytest.raises(UserError, match=r"5.44% of 200 samples"):
         hook.after_train_iter(runner, 2, batch([], [201, 202]))
+
+
+def test_without_a_limit_what_is_too_long_is_still_written_down(tmp_path):
+    hook, runner = BadSampleHook(), Runner(tmp_path, Data(None))
+    hook.before_train(runner)
+    hook.after_train_iter(runner, 0, batch(range(4), range(3)))
+    hook.after_train(runner)
+    assert [entry["line"] for entry in entries(tmp_path)] == [1, 2, 3]
 
 
 def test_batches_that_say_nothing_are_no_samples(tmp_path, caplog, monkeypatch):

@@ -54,7 +54,7 @@ class FrameSampling:
         if not (isinstance(fewest, int) and isinstance(most, int) and 1 <= fewest <= most):
             raise UserError(f"frames: min_frames {fewest!r} to max_frames {most!r}, expected 1 or more, fewest first")
         if self.sampling not in ("rand", "middle") and not self.rate > 0:
-            raise UserError(f"frames: sampling is {self.sampling!r}, expected rand, middle or fps with a number above 0")
+            raise UserError(f"frames: sampling is {self.sampling!r}, expected rand, middle or fps and a number")
         if not (isinstance(self.folder_fps, (int, float)) and self.folder_fps > 0):
             raise UserError(f"frames: folder_fps is {self.folder_fps!r}, expected a number above 0")
         if not isinstance(self.frame_prefix, str) or IMAGE_PLACEHOLDER in self.frame_prefix:

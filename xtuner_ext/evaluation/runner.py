@@ -20,8 +20,8 @@ def read_questions(meta, limit=None):
         limit (int, optional): Only the first n questions.
 
     Returns:
-        list[dict]: ``id``, ``turns`` (question, answer or None), ``images``, ``video`` and ``clip``, ``gold``, ``category``,
-        ``where``.
+        list[dict]: ``id``, ``turns`` (question, answer or None), ``images``, ``video`` and ``clip``, ``gold``,
+        ``category``, ``where``.
 
     Raises:
         UserError: For annotations that are broken or ask nothing.
