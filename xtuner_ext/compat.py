@@ -334,7 +334,22 @@ def register_models(modeling_auto):
     try:
         import xtuner_ext.modeling  # noqa: F401
     except ImportError as error:
-        logger.debug("xtuner_ext models are not registered: %s", error)
+        # `from transformers import LlamaForCausalLM` asks for the Auto classes when that class is not there yet.
+        logger.debug("xtuner_ext models are registered at their first use: %s", error)
+        _register_at_first_use(sys.modules["transformers.models.auto.configuration_auto"].AutoConfig)
+
+
+def _register_at_first_use(auto_config):
+    original = auto_config.from_pretrained
+
+    @functools.wraps(original.__func__)
+    def from_pretrained(cls, *args, **kwargs):
+        auto_config.from_pretrained = original
+        import xtuner_ext.modeling  # noqa: F401
+
+        return original(*args, **kwargs)
+
+    auto_config.from_pretrained = classmethod(from_pretrained)
 
 
 def add_configs(configs):

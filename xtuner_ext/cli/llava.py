@@ -45,7 +45,8 @@ def load_llava_model(args):
         args.visual_encoder,
         args.visual_select_layer,
         dtype,
-        args.trust_remote_code,
+        # XTuner's chat asks nobody either.
+        trust_remote_code=True,
     )
     return model.to(device), processor
 

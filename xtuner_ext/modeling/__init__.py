@@ -4,6 +4,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from .cache import HybridCache
 from .configuration import HybridVLConfig, MixerConfig, layer_types_from_attention
+from .internlm import InternLMConfig, InternLMForCausalLM
 from .mixers import Attention, Mamba2Mixer, PairedMixer
 from .modeling import HybridDecoder, HybridVLForCausalLM
 from .processing import HybridVLProcessor
@@ -13,6 +14,8 @@ AutoConfig.register(HybridVLConfig.model_type, HybridVLConfig, exist_ok=True)
 for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
     auto_class.register(HybridVLConfig, HybridVLForCausalLM, exist_ok=True)
 AutoProcessor.register(HybridVLConfig, HybridVLProcessor, exist_ok=True)
+AutoConfig.register(InternLMConfig.model_type, InternLMConfig, exist_ok=True)
+AutoModelForCausalLM.register(InternLMConfig, InternLMForCausalLM, exist_ok=True)
 
 __all__ = [
     "Attention",
