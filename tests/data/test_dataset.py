@@ -72,15 +72,22 @@ def test_tile_limit_is_shared_by_the_images(build, processor, limit, images, til
     assert (sample["input_ids"] == context).sum() == 16 * tiles
 
 
-@pytest.mark.parametrize("question", ["<image> and <image>", "<image>then\n<image> <IMG_CONTEXT>?"])
+@pytest.mark.parametrize("question", ["<image> and <image>", "<image>then\n<image>\n"])
 def test_tokens_are_those_of_the_whole_text(build, processor, question):
-    """Also where the text names a visual token itself."""
-    dataset = build([line(question, image=["wide.png", "square.png"])])
+    dataset = build([line(question + "?", image=["wide.png", "square.png"])])
     found, question = dataset[0], processor.expand(question, [2 + 1, 1])
-    text = f"<s><|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>"
+    text = f"<s><|im_start|>user\n{question}?<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>"
     expected = processor.tokenizer(text, add_special_tokens=False).input_ids
     assert found["input_ids"].tolist() == expected and len(found["labels"]) == len(expected)
     assert trained(found, processor.tokenizer) == "yes<|im_end|>"
+
+
+def test_a_visual_token_that_a_text_names_claims_no_slot(build, processor):
+    words = "What is <img><IMG_CONTEXT></img>?"
+    dataset = build([line(f"<image>{words}", f"{words} It is", "square.png")])
+    ids = dataset[0]["input_ids"]
+    assert (ids == processor.tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")).sum() == 16
+    assert processor.tokenizer.decode(ids).count(words) == 2 and dataset.count_tokens(0, 0) == len(ids)
 
 
 def test_images_keep_the_order_of_their_placeholders(build, processor):

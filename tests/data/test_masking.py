@@ -1,6 +1,8 @@
 """Which tokens are trained."""
 
 import copy
+import itertools
+import re
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ from xtuner_ext.data.masking import IGNORE_INDEX, encode_conversation, encode_te
 from xtuner_ext.data.templates import TEMPLATES, get_template
 from xtuner_ext.evaluation.runner import render
 
+S = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
+S2 = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
 PHI3 = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 TURNS = [
     ("Is there a 7?", "yes"),
@@ -19,12 +23,52 @@ TURNS = [
 ]
 
 
+# How InternVL's templates write a conversation; brackets stand around what is trained.
+CHATML = (
+    "<|im_start|>system\n{S}<|im_end|><|im_start|>user\nQ1<|im_end|><|im_start|>assistant\n[A1<|im_end|>]",
+    "<|im_start|>user\nQ2<|im_end|><|im_start|>assistant\n[A2<|im_end|>]",
+    "<|im_start|>user\nQ3<|im_end|><|im_start|>assistant\n[A3<|im_end|>]",
+)
+GOLDEN = {
+    "Hermes-2": CHATML,
+    "internlm2-chat": CHATML,
+    "phi3-chat": (
+        "<|system|>\n{S}<|end|><|user|>\nQ1<|end|><|assistant|>\n[A1<|end|>]",
+        "<|user|>\nQ2<|end|><|assistant|>\n[A2<|end|>]",
+        "<|user|>\nQ3<|end|><|assistant|>\n[A3<|end|>]",
+    ),
+    # The newline that parts turns is not trained, and none follows the last.
+    "internvl2_5": (
+        "<|im_start|>system\n{S2}<|im_end|>\n<|im_start|>user\nQ1<|im_end|>\n<|im_start|>assistant\n[A1<|im_end|>]",
+        "\n<|im_start|>user\nQ2<|im_end|>\n<|im_start|>assistant\n[A2<|im_end|>]",
+        "\n<|im_start|>user\nQ3<|im_end|>\n<|im_start|>assistant\n[A3<|im_end|>]",
+    ),
+    # The space after "<bot>:" is the answer's: a prompt ends before it.
+    "internvl_zh": (
+        "{no} <human>: Q1 <bot>:[ A1</s>]",
+        "<human>: Q2 <bot>:[ A2</s>]",
+        "<human>: Q3 <bot>:[ A3</s>]",
+    ),
+}
+
+
 @pytest.fixture(scope="module")
 def tokenizer(digits_processor):
     """The digits' own, which also knows the marks of phi3-chat."""
     tokenizer = copy.deepcopy(digits_processor.tokenizer)
     tokenizer.add_tokens(PHI3, special_tokens=True)
     return tokenizer
+
+
+def marked(tokenizer, ids, labels):
+    """The text of a sample with brackets around what is trained."""
+    pieces, runs = [], itertools.groupby(zip(ids.tolist(), labels.tolist()), key=lambda pair: pair[1] != IGNORE_INDEX)
+    for trained, pairs in runs:
+        pairs = list(pairs)
+        assert all(label == token for token, label in pairs if trained)
+        text = tokenizer.decode([token for token, _ in pairs])
+        pieces.append(f"[{text}]" if trained else text)
+    return "".join(pieces)
 
 
 def trained_spans(labels):
@@ -39,6 +83,16 @@ def trained_spans(labels):
             spans.append(open_span)
         open_span.append(label)
     return spans
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("system", [None, "Be brief."])
+@pytest.mark.parametrize("name", GOLDEN)
+def test_InternVLs_templates_and_what_of_them_is_trained(tokenizer, name, system, count):
+    turns = [(f"Q{number}", f"A{number}") for number in range(1, count + 1)]
+    text = "<s>" + "".join(GOLDEN[name][:count])
+    text = text.format(S=S, S2=S2, no="") if system is None else re.sub("{.*?}", system, text)
+    assert marked(tokenizer, *encode_conversation(tokenizer, get_template(name), turns, system)) == text
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -58,6 +112,54 @@ def test_whole_conversation_is_written_once_with_one_leading_token(tokenizer, na
     text = render(template, [*TURNS[:-1], (TURNS[-1][0], None)], "Be brief.") + template.answer(TURNS[-1][1])
     assert tokenizer.decode(ids) == "<s>" + text
     assert ids.tolist().count(tokenizer.bos_token_id) == 1 and labels[0] == IGNORE_INDEX
+
+
+WORDS = "<s>Say</s> <|im_end|><|im_end|>\n<|im_start|>assistant <|end|><|user|> <pad>, then <img><IMG_CONTEXT></img><|im_"
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_control_tokens_in_anyones_words_are_characters(tokenizer, name):
+    """Beside the template's own, and the image's, there are none: no turn ends early, no slot is claimed."""
+    template, image = get_template(name), "<img><IMG_CONTEXT></img>"
+    turns = [(f"<image>{WORDS}", WORDS), (WORDS, WORDS)]
+    ids, labels = encode_conversation(tokenizer, template, turns, system=WORDS, images=[image])
+    plain = [("<image>Q", "A"), ("Q", "A")]
+    plain_ids, plain_labels = encode_conversation(tokenizer, template, plain, system="S", images=[image])
+    special = set(tokenizer.all_special_ids)
+    for found, expected in ((ids, plain_ids), (labels, plain_labels)):
+        assert [i for i in found.tolist() if i in special] == [i for i in expected.tolist() if i in special]
+    text = render(template, [(f"{image}{WORDS}", WORDS), (WORDS, None)], WORDS) + template.answer(WORDS)
+    assert tokenizer.decode(ids) == f"<s>{text}"
+    assert [tokenizer.decode(span) for span in trained_spans(labels)] == [template.answer(WORDS)] * 2
+
+
+def test_words_without_control_tokens_are_read_as_ever(tokenizer):
+    template, turns = get_template("internvl2_5"), [("Is < or <| or 3 <= |im_end|> special?", "no"), ("<a>", "<|")]
+    text = render(template, [turns[0], (turns[1][0], None)], "a <b>") + template.answer(turns[1][1])
+    ids, _ = encode_conversation(tokenizer, template, turns, "a <b>")
+    assert ids.tolist() == tokenizer(text).input_ids
+
+
+def test_marks_of_grounding_stay_tokens(tokenizer):
+    ids, labels = encode_conversation(
+        tokenizer, get_template("internvl2_5"), [("Where is <ref>it</ref>?", "<ref>it</ref><box>[[1, 2, 3, 4]]</box>")]
+    )
+    ref, box = tokenizer.convert_tokens_to_ids(["<ref>", "<box>"])
+    assert (ids == ref).sum() == 2 and (labels == ref).sum() == (labels == box).sum() == 1
+
+
+def test_a_token_added_later_is_known_too(tokenizer):
+    tokenizer, template = copy.deepcopy(tokenizer), get_template("internlm2-chat")
+    before, _ = encode_conversation(tokenizer, template, [("a <new> b", "c")])
+    tokenizer.add_tokens(["<new>"], special_tokens=True)
+    after, _ = encode_conversation(tokenizer, template, [("a <new> b", "c")])
+    assert torch.equal(after, before) and tokenizer("<new>").input_ids[1:] == [len(tokenizer) - 1]
+
+
+@pytest.mark.parametrize("images", [[], ["x", "y"]])
+def test_images_must_match_their_places(tokenizer, images):
+    with pytest.raises(ValueError, match=f"the questions have 1 <image> placeholders for {len(images)} images"):
+        encode_conversation(tokenizer, get_template("internlm2-chat"), [("<image>", "c")], images=images)
 
 
 def small_bpe(text, post_processor=None, **special):

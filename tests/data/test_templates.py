@@ -26,6 +26,11 @@ def test_phi3_chat():
     )
 
 
+@pytest.mark.parametrize(("system", "head"), [(None, " "), ("", " "), ("Be brief.", "Be brief. ")])
+def test_internvl_zh_sets_a_space_before_the_first_question(system, head):
+    assert render(get_template("internvl_zh"), TURNS, system) == f"{head}<human>: Q1 <bot>: A1</s><human>: Q2 <bot>:"
+
+
 def test_vicuna_v1_is_that_of_LLaVA():
     """As LLaVA's conversation code renders it, an answer's leading space included."""
     assert render(get_template("vicuna_v1"), TURNS) == (
@@ -55,7 +60,7 @@ def test_own_system_message_replaces_the_default_and_an_empty_one_removes_it(nam
     template = get_template(name)
     prompt = template.prompt("Q", system="{Be} brief.")
     assert "{Be} brief." in prompt and SYSTEM not in prompt and INTERNVL2_5_SYSTEM not in prompt
-    assert template.prompt("Q", system="") == template.instruction.replace("{input}", "Q")
+    assert template.prompt("Q", system="") == template.opening + template.instruction.replace("{input}", "Q")
     assert "Be brief." not in template.prompt("Q", first=False, system="Be brief.")
 
 

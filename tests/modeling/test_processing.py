@@ -10,7 +10,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from xtuner_ext.modeling.processing import NORMALISATION, HybridVLProcessor, split_tiles, tile_grid, to_rgb
+from xtuner_ext.modeling.processing import NORMALISATION, HybridVLProcessor, count_tiles, split_tiles, tile_grid, to_rgb
 
 SPECIAL = ["<pad>", "<unk>", "<img>", "<IMG_CONTEXT>", "</img>"]
 WORDS = ["what", "is", "this", "and"]
@@ -56,6 +56,16 @@ GRIDS = {
 def test_grid_is_the_one_InternVL_chooses(size):
     found = [tile_grid(*size, tile_size=448, max_tiles=limit) for limit in LIMITS]
     assert dict(zip(LIMITS, found)) == dict(zip(LIMITS, GRIDS[size]))
+
+
+@pytest.mark.parametrize("size", GRIDS, ids=lambda size: f"{size[0]}x{size[1]}")
+def test_as_many_tiles_are_counted_and_made_as_the_grid_says(size):
+    """The whole image comes on top where there are several."""
+    wanted = [columns * rows + (columns * rows > 1) for columns, rows in GRIDS[size]]
+    assert [count_tiles(*size, tile_size=448, max_tiles=limit) for limit in LIMITS] == wanted
+    image, processor = colour("red", size), HybridVLProcessor()
+    assert [processor.tile_count(image, limit) for limit in LIMITS] == wanted
+    assert [len(processor.tiles(image, limit)) for limit in LIMITS[:4]] == wanted[:4]
 
 
 def test_fewest_tiles_are_respected():

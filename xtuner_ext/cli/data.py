@@ -1,12 +1,14 @@
-"""xtuner-ext data make-digits OUT, make-text OUT: prepare data."""
+"""xtuner-ext data make-digits, make-kinds, make-text OUT; check, show META.json: prepare data and look at it."""
 
 import argparse
 import sys
 
+from . import data_check, data_show
+
 
 def parse_args(argv):
     """Parse the verb's options."""
-    parser = argparse.ArgumentParser(prog="xtuner-ext data", description="Prepare data.")
+    parser = argparse.ArgumentParser(prog="xtuner-ext data", description="Prepare data, check it, look at it.")
     verbs = parser.add_subparsers(dest="verb", required=True)
     digits = verbs.add_parser(
         "make-digits",
@@ -18,7 +20,20 @@ def parse_args(argv):
     digits.add_argument("--seed", type=int, default=0)
     digits.add_argument("--train", type=int, default=12000, help="training samples")
     digits.add_argument("--test", type=int, default=1200, help="held-out questions")
-    digits.set_defaults(make=_digits)
+    digits.set_defaults(run=_digits)
+    kinds = verbs.add_parser(
+        "make-kinds",
+        help="text, one picture, several pictures and video in one JSONL",
+        description="Write pictures, videos, InternVL-style JSONL and one meta JSON per split, with questions that are "
+        "new to the digits teacher.",
+        epilog="example: xtuner-ext data make-kinds work_dirs/kinds/data --train 6000 --test 600",
+    )
+    kinds.add_argument("out", help="folder to create")
+    kinds.add_argument("--seed", type=int, default=0)
+    kinds.add_argument("--train", type=int, default=6000, help="training samples")
+    kinds.add_argument("--test", type=int, default=600, help="held-out questions")
+    kinds.add_argument("--known", type=float, default=0.3, metavar="SHARE", help="share of what the teacher knows")
+    kinds.set_defaults(run=_kinds)
     text = verbs.add_parser(
         "make-text",
         help="passages of documents and a teacher's answers",
@@ -38,7 +53,9 @@ def parse_args(argv):
     text.add_argument("--max-new-tokens", type=int, default=160, metavar="N", help="longest answer")
     text.add_argument("--seed", type=int, default=0, help="seed of the answers")
     text.add_argument("--trust-remote-code", action="store_true", help="run the teacher's own tokenizer code")
-    text.set_defaults(make=_text)
+    text.set_defaults(run=_text)
+    data_check.add_parser(verbs)
+    data_show.add_parser(verbs)
     return parser.parse_args(argv)
 
 
@@ -51,22 +68,30 @@ def main(argv):
     Returns:
         int: Exit status.
     """
-    args = vars(parse_args(argv))
-    make = args.pop("make")
-    del args["verb"]
-    for split, path in make(**args).items():
-        sys.stdout.write(f"{split}: {path}\n")
-    return 0
+    args = parse_args(argv)
+    return args.run(args) or 0
 
 
-def _digits(**arguments):
+def _digits(args):
     from ..data.sources.digits import make_digits
 
-    return make_digits(**arguments)
+    _name(make_digits(args.out, args.seed, args.train, args.test))
 
 
-def _text(**arguments):
+def _kinds(args):
+    from ..data.sources.kinds import make_kinds
+
+    _name(make_kinds(args.out, args.seed, args.train, args.test, args.known))
+
+
+def _text(args):
     from ..data.sources.text import make_text
     from .progress import progress
 
-    return make_text(**arguments, progress=progress)
+    options = {key: value for key, value in vars(args).items() if key not in ("verb", "run")}
+    _name(make_text(**options, progress=progress))
+
+
+def _name(splits):
+    for split, path in splits.items():
+        sys.stdout.write(f"{split}: {path}\n")

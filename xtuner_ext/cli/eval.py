@@ -1,12 +1,13 @@
 """xtuner-ext eval DIR --data META.json --out DIR2: score a model on annotated questions."""
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
 
 from ..errors import UserError
-
+from .data_check import frame_settings
 
 SCORE_FILES = {"rows.jsonl", "metrics.json"}
 
@@ -26,6 +27,10 @@ def parse_args(argv):
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--max-new-tokens", type=int, default=32)
     parser.add_argument("--limit", type=int, help="only the first n questions")
+    parser.add_argument(
+        "--frames", nargs="+", default=[], metavar="KEY=VALUE",
+        help="how videos are shown, such as min_frames=8 max_frames=16 (default: 32 frames)",
+    )
     parser.add_argument("--torch-dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16"))
     parser.add_argument("--trust-remote-code", action="store_true", help="run the folder's own tokenizer code")
     parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
@@ -47,7 +52,7 @@ def main(argv):
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
     metrics = evaluate_folder(
         args.model, args.data, args.out, args.prompt_template, args.batch_size, args.max_new_tokens, args.limit,
-        args.torch_dtype, args.trust_remote_code,
+        args.torch_dtype, args.trust_remote_code, frame_settings(["sampling=middle", *args.frames]),
     )
     if args.json:
         sys.stdout.write(json.dumps(metrics, indent=2) + "\n")
@@ -58,7 +63,7 @@ def main(argv):
 
 def evaluate_folder(
     model, data, out, prompt_template=None, batch_size=64, max_new_tokens=32, limit=None, dtype="auto",
-    trust_remote_code=False,
+    trust_remote_code=False, frames=None,
 ):
     """Score one model folder and write rows and metrics.
 
@@ -72,6 +77,7 @@ def evaluate_folder(
         limit (int, optional): Only the first n questions.
         dtype (str): See :func:`load_model`.
         trust_remote_code (bool): Run the folder's own tokenizer code.
+        frames (FrameSampling, optional): How videos are shown; 32 frames from the middle of equal parts when absent.
 
     Returns:
         dict: Content of ``metrics.json``.
@@ -80,6 +86,7 @@ def evaluate_folder(
         UserError: For missing or broken files, images for a text model, or a folder that holds other files.
     """
     from ..convert.checkpoint import whole_folder
+    from ..data.video import FrameSampling
     from ..evaluation.runner import answer, read_questions
     from ..evaluation.scorers import score_rows
     from .loading import choose_template, count_parameters, load_model
@@ -93,8 +100,9 @@ def evaluate_folder(
     if with_image and network.config.vision is None:
         raise UserError(f"{model} has no image front end, but {with_image} asks about an image")
     name, template = choose_template(prompt_template, network, processor, model)
+    frames = frames or FrameSampling(sampling="middle")
     with progress(f"eval {Path(model).name}", len(questions)) as advance:
-        rows = answer(network, processor, template, questions, batch_size, max_new_tokens, advance)
+        rows = answer(network, processor, template, questions, batch_size, max_new_tokens, advance, frames)
     metrics = {
         **score_rows(rows),
         "model": str(model),
@@ -107,6 +115,7 @@ def evaluate_folder(
             "decoding": "greedy",
             "max_new_tokens": max_new_tokens,
             "batch_size": batch_size,
+            **({"frames": dataclasses.asdict(frames)} if any(q["video"] is not None for q in questions) else {}),
             "dtype": str(network.dtype),
             "scorer": "exact_match",
         },

@@ -171,13 +171,14 @@ class JsonlAnnotations:
             found = "is a folder, expected a JSONL file" if self.path.is_dir() else "does not exist"
             raise UserError(f"annotation file {self.path} {found}")
         starts, numbers, bad = array("q"), array("q"), array("q")
-        digest, files, position, self.has_video = hashlib.sha256(), _Files(self.root), 0, False
+        digest, files, position, self.has_video = hashlib.sha256(), MediaFiles(self.root), 0, False
         with open(self.path, "rb") as file:
             for number, line in enumerate(file, start=1):
                 digest.update(line)
                 if not line.isspace():
                     try:
-                        self.has_video |= self._check(line, number, files, answered)
+                        fields = check_line(line, f"{self.path}:{number}", number, files, answered)
+                        self.has_video |= fields["video"] is not None
                     except BadSample as error:
                         if on_bad is None:
                             raise
@@ -192,18 +193,6 @@ class JsonlAnnotations:
         self.good = np.delete(np.arange(len(starts)), np.array(bad)) if bad else np.arange(len(starts))
         self.digest = digest.hexdigest()
         self._map = None
-
-    def _check(self, line, number, files, answered):
-        where = f"{self.path}:{number}"
-        fields = _parse(line, where, number)
-        if answered and fields["text"] is None and not any(answer for _, answer in fields["turns"]):
-            raise BadSample(f"{where}: every answer is empty, expected something to train", "nothing_trained")
-        for image in fields["images"]:
-            files.check(image, where)
-        if fields["video"] is not None:
-            files.check(fields["video"], where, "video")
-            return True
-        return False
 
     def __len__(self):
         return len(self._starts)
@@ -227,8 +216,38 @@ class JsonlAnnotations:
         return int(self._numbers[index])
 
 
-class _Files:
-    """Looks once at every file that lines name."""
+def check_line(line, where, number, files, answered=False):
+    """Check one annotation line and that its files are there.
+
+    Args:
+        line (bytes): JSON text.
+        where (str): ``file:line`` for messages.
+        number (int): Line number.
+        files (MediaFiles): Looks at files.
+        answered (bool): Whether a conversation without any answer is bad.
+
+    Returns:
+        dict: The arguments of a :class:`Record`, but with the names of its files as they are in the line.
+
+    Raises:
+        BadSample: Naming the line, what was found and what was expected.
+    """
+    fields = _parse(line, where, number)
+    if answered and fields["text"] is None and not any(answer for _, answer in fields["turns"]):
+        raise BadSample(f"{where}: every answer is empty, expected something to train", "nothing_trained")
+    for image in fields["images"]:
+        files.check(image, where)
+    if fields["video"] is not None:
+        files.check(fields["video"], where, "video")
+    return fields
+
+
+class MediaFiles:
+    """Looks once at every file that lines name.
+
+    Args:
+        root (Path): Folder that the names start from.
+    """
 
     def __init__(self, root):
         self.root = os.fspath(root)
@@ -236,6 +255,16 @@ class _Files:
         self.known = set()
 
     def check(self, name, where, kind="image"):
+        """Insist that a file is there.
+
+        Args:
+            name (str): Path below the root.
+            where (str): ``file:line`` for messages.
+            kind (str): ``image``, which may not be a folder, or ``video``.
+
+        Raises:
+            BadSample: When it is missing.
+        """
         key = hash(name)
         if key in self.known:
             return

@@ -12,6 +12,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ..errors import BadSample, UserError
+from ..modeling.processing import IMAGE_PLACEHOLDER
 from .annotation import JsonlAnnotations, read_meta
 from .augment import jpeg_again
 from .identity import describe_sources, fingerprint
@@ -85,7 +86,7 @@ class ConversationDataset(Dataset):
                 message = f"{meta}: dataset {entry.name!r} has length {entry.length:,}, but {entry.annotation} has"
                 print_log(f"{message} {len(annotations):,} lines", logger="current", level=logging.WARNING)
             self.sources.append((entry, annotations))
-            lines = annotations.good[_repeat(len(annotations.good), entry.repeat_time, seed + number)]
+            lines = annotations.good[repeat_lines(len(annotations.good), entry.repeat_time, seed + number)]
             index.append(np.stack([np.full_like(lines, number), lines], axis=1))
         self.bad = ledger.entries
         if self.bad:
@@ -268,23 +269,18 @@ class ConversationDataset(Dataset):
         # A tokenizer takes its time over thousands of visual tokens that are all the same.
         ids, labels = self._encode(record, [1] * len(tile_counts), 1)
         visual = ids == self.processor.tokenizer.convert_tokens_to_ids(self.processor.image_context)
-        if visual.sum() != len(tile_counts):
-            # The text has such tokens of its own.
-            return self._encode(record, tile_counts)
         repeats = torch.ones_like(ids)
         repeats[visual] = torch.tensor(tile_counts) * self.processor.tokens_per_tile
         return ids.repeat_interleave(repeats), labels.repeat_interleave(repeats)
 
     def _encode(self, record, tile_counts, tokens_per_tile=None):
-        counts, turns = iter(tile_counts), []
-        for question, answer in record.turns:
-            if record.video is not None:
-                question = self.frames.caption(question, len(tile_counts))
-            here = [next(counts) for _ in range(question.count("<image>"))]
-            turns.append((self.processor.expand(question, here, tokens_per_tile), answer))
         tokenizer = self.processor.tokenizer
         if record.text is None:
-            return encode_conversation(tokenizer, self.template, turns, record.system, record.ended)
+            turns = record.turns
+            if record.video is not None:
+                turns = [(self.frames.caption(question, len(tile_counts)), answer) for question, answer in turns]
+            images = [self.processor.expand(IMAGE_PLACEHOLDER, [count], tokens_per_tile) for count in tile_counts]
+            return encode_conversation(tokenizer, self.template, turns, record.system, record.ended, images)
         if record.ended and tokenizer.eos_token_id is None:
             raise UserError(f"{record.where}: 'end' is true, but the tokenizer has no end-of-sequence token")
         return encode_text(tokenizer, record.text, record.ended)
@@ -333,7 +329,8 @@ def _readable(path, where):
         raise BadSample(f"{where}: {path} is not a readable image: {error}", "unreadable_image") from error
 
 
-def _repeat(count, repeat_time, seed):
+def repeat_lines(count, repeat_time, seed):
+    """ndarray: Indices below ``count``, each as often as ``repeat_time`` says; the seed chooses for a fraction."""
     whole = int(repeat_time)
     rest = round((repeat_time - whole) * count)
     chosen = np.random.default_rng(seed).permutation(count)[:rest]

@@ -1,38 +1,60 @@
 """Token ids and labels of conversations, turn by turn, and of plain text."""
 
+import functools
+import re
+
 import torch
 
+from ..modeling.processing import IMAGE_PLACEHOLDER
+
 IGNORE_INDEX = -100
+# Grounding data writes these on purpose; they neither end a turn nor claim an image slot.
+GROUNDING = {"<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>"}
+# A noncharacter of Unicode, which no text holds.
+BREAK = "\ufdd0"
 
 
-def encode_conversation(tokenizer, template, turns, system=None, ended=True):
+def encode_conversation(tokenizer, template, turns, system=None, ended=True, images=()):
     """Tokenize a conversation and mark what is trained.
 
     Every turn is tokenized on its own, as question block plus answer, so no re-tokenized substring has to
     be matched against the whole; all templates end a turn with a token that nothing merges with.
 
+    What looks like a special token in the words of either side is read as the characters it is made of: it neither
+    ends a turn nor claims an image slot. InternVL's marks of grounding (``<ref>``, ``<box>``, ``<quad>``) stay tokens.
+
     Args:
         tokenizer (PreTrainedTokenizerBase): Its own leading tokens (such as a beginning-of-sequence token)
             are kept.
         template (Template): Conversation template.
-        turns (list[tuple[str, str]]): Questions and answers, image tokens already expanded.
+        turns (list[tuple[str, str]]): Questions and answers.
         system (str, optional): System message.
         ended (bool): Whether the last answer gets its suffix; one that was cut off does not.
+        images (list[str]): What takes the place of each ``<image>`` of the questions, in reading order.
 
     Returns:
         tuple[Tensor, Tensor]: ``input_ids`` and ``labels`` (L,); labels are -100 outside the answers.
+
+    Raises:
+        ValueError: When placeholders and images differ in number.
     """
+    places = sum(question.count(IMAGE_PLACEHOLDER) for question, _ in turns)
+    if places != len(images):
+        raise ValueError(f"the questions have {places} {IMAGE_PLACEHOLDER} placeholders for {len(images)} images")
+    words, images = special_words(tokenizer, len(tokenizer)), iter(images)
     ids = _leading_ids(tokenizer)
     labels = [IGNORE_INDEX] * len(ids)
     for number, (question, answer) in enumerate(turns):
-        prompt = template.prompt(question, first=number == 0, system=system)
-        answer = template.answer(answer, ended=ended or number < len(turns) - 1)
+        first, *rest = (_broken(words, part) for part in question.split(IMAGE_PLACEHOLDER))
+        question = first + "".join(next(images) + part for part in rest)
+        prompt = template.prompt(question, first=number == 0, system=system and _broken(words, system))
+        answer = template.answer(_broken(words, answer), ended=ended or number < len(turns) - 1)
         before = template.suffix if number else ""
-        prompt_ids = ids_after(tokenizer, before, prompt)
-        turn_ids = ids_after(tokenizer, before, prompt + answer)
+        prompt_ids = _pieces_ids(tokenizer, before, prompt, template.suffix)
+        turn_ids = _pieces_ids(tokenizer, before, prompt + answer, template.suffix)
         if turn_ids[: len(prompt_ids)] != prompt_ids:
             # The answer merges with the prompt's end; generation starts from the prompt's own tokens.
-            turn_ids = prompt_ids + tokenizer(answer, add_special_tokens=False).input_ids
+            turn_ids = prompt_ids + _pieces_ids(tokenizer, "", answer, template.suffix)
         ids += turn_ids
         labels += [IGNORE_INDEX] * len(prompt_ids) + turn_ids[len(prompt_ids) :]
     return torch.tensor(ids), torch.tensor(labels)
@@ -53,6 +75,28 @@ def ids_after(tokenizer, before, text):
     """
     skipped = len(tokenizer(before, add_special_tokens=False).input_ids) if before else 0
     return tokenizer(before + text, add_special_tokens=False).input_ids[skipped:]
+
+
+@functools.lru_cache(maxsize=16)
+def special_words(tokenizer, size):
+    """re.Pattern: Finds where a text looks like a special token; ``size`` is the tokenizer's."""
+    # The size is part of the key: tokens may be added to a tokenizer.
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special} - GROUNDING
+    # At every place where a word begins, also within another, and after its first character.
+    return re.compile(f"(?={'|'.join(map(re.escape, special))})." if special else "(?!)", re.DOTALL)
+
+
+def _broken(words, text):
+    return words.sub(lambda found: found[0] + BREAK, text)
+
+
+def _pieces_ids(tokenizer, before, text, mark):
+    """Tokenize a text whose pieces are not to be read across a ``BREAK``; a special ``mark`` stands for it."""
+    ids = []
+    for piece in text.split(BREAK):
+        ids += ids_after(tokenizer, before, piece)
+        before = mark
+    return ids
 
 
 def next_token_rows(labels):

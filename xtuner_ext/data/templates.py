@@ -32,6 +32,7 @@ class Template:
         default_system (str | None): System message when the sample brings none.
         stop_words (tuple[str, ...]): End generation besides the end-of-sequence token.
         lead (str): Opens an answer; trained, and left to the model when it answers.
+        opening (str): Stands before the first question, after the system message if there is one.
     """
 
     system: str
@@ -41,6 +42,7 @@ class Template:
     default_system: str | None = None
     stop_words: tuple = ()
     lead: str = ""
+    opening: str = ""
 
     def prompt(self, question, first=True, system=None):
         """Text up to where the answer begins.
@@ -54,7 +56,7 @@ class Template:
             str: The rendered prompt.
         """
         system = self.default_system if system is None else system
-        head = self.sep if not first else self.system.format(system=system) if system else ""
+        head = (self.system.format(system=system) if system else "") + self.opening if first else self.sep
         return head + self.instruction.replace("{input}", question)
 
     def answer(self, text, ended=True):
@@ -64,9 +66,10 @@ class Template:
     def jinja(self):
         """str: The same conversations as a Hugging Face chat template; images become ``<image>`` lines."""
         user, system = self.instruction.split("{input}"), (self.system or "{system}").split("{system}")
-        lines = []
+        lines, text = [], self.opening
         if self.default_system:
-            text = system[0] + self.default_system + system[1]
+            text = system[0] + self.default_system + system[1] + self.opening
+        if text:
             lines.append("{%- if messages[0]['role'] != 'system' %}{{ " + _quote(text) + " }}{% endif -%}")
         lines += [
             "{%- for message in messages -%}",
@@ -76,7 +79,8 @@ class Template:
             "{%- set piece = '<image>\n' if part['type'] == 'image' else part['text'] -%}",
             "{%- set text.value = text.value + piece -%}",
             "{%- endfor -%}{%- endif -%}",
-            "{%- if message['role'] == 'system' %}{{ " + f"{_quote(system[0])} + text.value + {_quote(system[1])}" + " }}",
+            "{%- if message['role'] == 'system' %}{{ ",
+            f"{_quote(system[0])} + text.value + {_quote(system[1] + self.opening)}" + " }}",
             "{%- elif message['role'] == 'user' %}{{ " + f"{_quote(user[0])} + text.value + {_quote(user[1])}" + " }}",
             "{%- else %}{{ " + f"{_quote(self.lead)} + text.value + {_quote(self.suffix + self.sep)}",
             " }}{% endif -%}",
@@ -118,6 +122,15 @@ TEMPLATES = {
     "qwen2": _chatml("\n", "You are a helpful assistant."),
     "qwen2_5": _chatml("\n", "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
     "smollm2": _chatml("\n", "You are a helpful AI assistant named SmolLM, trained by Hugging Face"),
+    # InternVL-Chat-V1-1's, which has no system message of its own and sets a space before the first question.
+    "internvl_zh": Template(
+        system="{system}",
+        instruction="<human>: {input} <bot>:",
+        suffix="</s>",
+        stop_words=("</s>",),
+        lead=" ",
+        opening=" ",
+    ),
     "phi3-chat": Template(
         system="<|system|>\n{system}<|end|>",
         instruction="<|user|>\n{input}<|end|><|assistant|>\n",

@@ -52,12 +52,12 @@ def right_answer(question, values):
     raise AssertionError(question)
 
 
-@pytest.mark.parametrize("number", range(len(source._QUESTIONS)))
+@pytest.mark.parametrize("number", range(len(source.QUESTIONS)))
 def test_answers_follow_from_the_digits(number):
     rng = np.random.default_rng(number)
     for _ in range(200):
         values = rng.integers(0, 10, size=4)
-        category, question, answer = source._QUESTIONS[number](values, rng)
+        category, question, answer = source.QUESTIONS[number](values, rng)
         assert re.fullmatch(CATEGORIES[category], question)
         assert answer == right_answer(question, values.tolist())
 
@@ -65,7 +65,7 @@ def test_answers_follow_from_the_digits(number):
 def test_answers_of_text_questions_follow_from_their_words():
     rng = np.random.default_rng(0)
     for _ in range(200):
-        category, question, answer = source._text_question(rng)
+        category, question, answer = source.text_question(rng)
         assert category == "text" and re.fullmatch(CATEGORIES["text"], question)
         assert answer == right_answer(question, None)
 

@@ -50,7 +50,7 @@ def make_digits(out, seed=0, train=12000, test=1200, named_presence=False):
         raise UserError(f"make-digits needs at least one sample a split, got train={train} and test={test}")
     settings = {"seed": seed, "train": train, "test": test}
     settings.update({"named_presence": True} if named_presence else {})
-    questions = [_named_presence if named_presence and kind is _presence else kind for kind in _QUESTIONS]
+    questions = [_named_presence if named_presence and kind is _presence else kind for kind in QUESTIONS]
     metas = {split: str(out / f"{split}.json") for split in ("train", "test")}
     if is_made(out, settings, "make-digits"):
         return metas
@@ -86,7 +86,7 @@ def _write_split(folder, split, count, pool, questions, rng):
     lines = []
     for number in range(count):
         if split == "train" and rng.random() < TEXT_ONLY_SHARE:
-            kinds = [_text_question(rng)]
+            kinds = [text_question(rng)]
             item = {"id": f"{split}-{number:06d}"}
         else:
             values = rng.integers(0, 10, size=4)
@@ -177,10 +177,10 @@ def _read(values, rng):
     return "read", "Read all digits row by row.", " ".join(str(value) for value in values)
 
 
-_QUESTIONS = (_which, _presence, _even, _extreme, _sum, _read)
+QUESTIONS = (_which, _presence, _even, _extreme, _sum, _read)
 
 
-def _text_question(rng):
+def text_question(rng):
     first, second = (int(value) for value in rng.choice(10, size=2, replace=False))
     kind = rng.integers(3)
     if kind == 0:
