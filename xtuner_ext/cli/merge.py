@@ -141,7 +141,7 @@ def stock_merge(argv):
     parser.add_argument("--is-clip", action="store_true", help="the base is a CLIP vision tower")
     parser.add_argument("--safe-serialization", action="store_true", help="accepted; safetensors is always written")
     parser.add_argument("--device", default="cpu", choices=("cuda", "cpu", "npu", "auto"), help="ignored: a CPU merges")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run the base folder's own code")
+    parser.add_argument("--trust-remote-code", action="store_true", help="accepted; as XTuner's, this verb does so")
     args = parser.parse_args(argv)
     from .convert import refuse_foreign_folder
 
@@ -150,7 +150,7 @@ def stock_merge(argv):
             raise UserError(f"{folder} is not a folder, expected one of a model and one of its adapter")
     if not os.path.isfile(os.path.join(args.save_dir, "preprocessor_config.json")):
         refuse_foreign_folder(args.save_dir)
-    options = dict(max_shard_size=args.max_shard_size, trust_remote_code=args.trust_remote_code)
+    options = dict(max_shard_size=args.max_shard_size, trust_remote_code=True)
     paths = (args.model_name_or_path, args.adapter_name_or_path, args.save_dir)
     announce((_merge_clip if args.is_clip else _merge_language_model)(*paths, **options), args.save_dir)
     return 0
@@ -168,8 +168,6 @@ def _merge_language_model(base, adapter, out, max_shard_size, trust_remote_code)
     if raw.get("model_type") == HybridVLConfig.model_type or (Path(adapter) / BASE_FILE).is_file():
         # Ours, or an adapter that we trained beside a model in our class.
         return merge_adapter(adapter, out, base, max_shard_size=max_shard_size, trust_remote_code=trust_remote_code)
-    if raw.get("auto_map") and not trust_remote_code:
-        raise UserError(f"{base} brings code of its own (auto_map in config.json): allow that with --trust-remote-code")
 
     @torch.no_grad()
     def probe(model):
