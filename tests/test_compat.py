@@ -188,3 +188,160 @@ class TestOptimizerUnderDeepSpeed:
         model = dict(type=DistillModel if dtype == "float16" else "SupervisedFinetune")
         cfg = self.build(dict(type="AmpOptimWrapper", dtype=dtype, optimizer=dict(type="AdamW")), model)
         assert cfg.strategy.config == {"bf16": {"enabled": True}}
+
+
+class TestImagesOutOfReach:
+    """XTuner's hook, with a picture that is there and one that is not."""
+
+    def hook(self, tmp_path, images, inputs):
+        from PIL import Image
+        from xtuner.engine.hooks import EvaluateChatHook
+
+        Image.new("RGB", (4, 4)).save(tmp_path / "there.png")
+        tokenizer = dict(type=lambda: SimpleNamespace(eos_token_id=2, pad_token_id=0))
+        return EvaluateChatHook(tokenizer, evaluation_inputs=inputs, evaluation_images=images)
+
+    def test_their_questions_are_left_out(self, tmp_path, monkeypatch):
+        import requests
+
+        def refuse(*args, **kwargs):
+            raise requests.ConnectionError("no network")
+
+        monkeypatch.setattr(requests, "get", refuse)
+        images = [str(tmp_path / "there.png"), "https://example.org/view.jpg"]
+        hook = self.hook(tmp_path, images, ["one?", "two?"])
+        assert hook.evaluation_inputs == ["one?"] and len(hook.evaluation_images) == 1
+
+    def test_one_picture_goes_with_every_question(self, tmp_path):
+        hook = self.hook(tmp_path, str(tmp_path / "there.png"), ["one?", "two?"])
+        assert hook.evaluation_inputs == ["one?", "two?"] and len(hook.evaluation_images) == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without CUDA")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_mixed_precision_trains_on_a_cpu(dtype):
+    from mmengine.optim import AmpOptimWrapper
+
+    model = torch.nn.Linear(8, 1, bias=False)
+    before = model.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    wrapper = AmpOptimWrapper(loss_scale=dict(init_scale=1024.0), dtype=dtype, optimizer=optimizer)
+    with wrapper.optim_context(model):
+        output = model(torch.ones(4, 8))
+        assert output.dtype == getattr(torch, dtype)
+        loss = output.float().mean()
+    wrapper.update_params(loss)
+    torch.testing.assert_close(model.weight, before - 0.1, rtol=1e-2, atol=1e-2)
+
+
+class TestWarmup:
+    def rates(self, iterations, epoch_length, end=0.03):
+        from mmengine.optim import CosineAnnealingLR, LinearLR
+
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        common = dict(by_epoch=True, epoch_length=epoch_length)
+        schedulers = [
+            LinearLR.build_iter_from_epoch(optimizer, start_factor=1e-5, begin=0, end=end, **common),
+            CosineAnnealingLR.build_iter_from_epoch(optimizer, eta_min=0.0, begin=end, end=1, **common),
+        ]
+        rates = []
+        for _ in range(iterations):
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            for scheduler in schedulers:
+                scheduler.step()
+        return rates
+
+    @pytest.mark.parametrize("length", [3, 33, 34, 66])
+    def test_one_of_less_than_two_iterations_is_left_out(self, length):
+        rates = self.rates(length, length)
+        assert rates[0] == pytest.approx(1.0) and rates[-1] < 0.9
+
+    def test_a_longer_one_stays(self):
+        rates = self.rates(100, 100)
+        assert rates[0] == pytest.approx(1e-5) and rates[2] == pytest.approx(1.0) and rates[-1] < 0.01
+
+
+def test_small_data_sets_are_tokenised_without_forks():
+    calls = []
+    module = SimpleNamespace(process_hf_dataset=lambda dataset, **kwargs: calls.append(kwargs["map_num_proc"]))
+    compat.map_with_as_many_processes_as_help(module)
+    module.process_hf_dataset({"train": range(10)})
+    module.process_hf_dataset({"train": range(100_000)})
+    assert calls[0] is None and calls[1] in (None, *range(2, 33))
+
+
+def test_the_projector_recomputes_and_has_gradients():
+    import warnings
+
+    from xtuner.model.modules import ProjectorConfig, ProjectorModel
+
+    projector = ProjectorModel(ProjectorConfig(visual_hidden_size=4, llm_hidden_size=6))
+    plain = projector(torch.ones(2, 4)).sum()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*old version of the checkpointing.*|.*use_reentrant.*")
+        projector.gradient_checkpointing_enable()
+        projector.train()
+        # Nothing in front of it trains, and yet it must.
+        loss = projector(torch.ones(2, 4)).sum()
+        loss.backward()
+    assert loss.item() == pytest.approx(plain.item())
+    assert all(parameter.grad is not None for parameter in projector.parameters())
+
+
+def test_gradients_pass_four_bit_layers_after_an_evaluation():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+
+    layer = bitsandbytes.nn.Linear4bit(64, 48, bias=False, compute_dtype=torch.float32, quant_type="nf4").to("cpu")
+    x = torch.randn(3, 64, requires_grad=True)
+    (expected,) = torch.autograd.grad(layer(x).sum(), x)
+    layer.eval()
+    with torch.no_grad():
+        layer(x)
+    layer.train()
+    (found,) = torch.autograd.grad(layer(x).sum(), x)
+    torch.testing.assert_close(found, expected)
+
+
+class TestOneDtypeUnderZero3:
+    def wrap(self, stage, **precision):
+        model = torch.nn.ModuleDict({"adapter": torch.nn.Linear(2, 2), "frozen": torch.nn.Linear(2, 2)})
+        model["frozen"].requires_grad_(False)
+        module = SimpleNamespace(DeepSpeedStrategy=type("DeepSpeedStrategy", (), {"_wrap_model": lambda self, model: model}))
+        compat.train_one_dtype_under_zero3(module)
+        strategy = module.DeepSpeedStrategy()
+        strategy.config = {"zero_optimization": {"stage": stage}, **precision}
+        return strategy._wrap_model(model)
+
+    def test_what_trains_takes_the_runs(self):
+        model = self.wrap(3, bf16={"enabled": True}, fp16={"enabled": False})
+        assert model["adapter"].weight.dtype == torch.bfloat16 and model["frozen"].weight.dtype == torch.float32
+
+    @pytest.mark.parametrize("stage, enabled", [(2, True), (3, False)])
+    def test_else_nothing_changes(self, stage, enabled):
+        assert self.wrap(stage, bf16={"enabled": enabled})["adapter"].weight.dtype == torch.float32
+
+
+def test_the_select_layer_is_a_number():
+    import argparse
+
+    module = SimpleNamespace(ArgumentParser=type("ArgumentParser", (argparse.ArgumentParser,), {}))
+    compat.read_select_layer_as_number(module)
+    parser = module.ArgumentParser()
+    parser.add_argument("--visual-select-layer", default=-2)
+    parser.add_argument("--visual-encoder")
+    args = parser.parse_args(["--visual-select-layer", "-3", "--visual-encoder", "7"])
+    assert args.visual_select_layer == -3 and args.visual_encoder == "7"
+
+
+def test_ours_is_registered_where_a_model_is_imported_first(tmp_path):
+    import subprocess
+    import sys
+
+    (tmp_path / "config.json").write_text('{"model_type": "hybrid_vl"}')
+    code = (
+        "from xtuner_ext import autoload; autoload.install(); from transformers import LlamaForCausalLM, AutoConfig; "
+        f"print(type(AutoConfig.from_pretrained({str(tmp_path)!r})).__name__)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == "HybridVLConfig", result.stderr[-1000:]

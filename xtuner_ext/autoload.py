@@ -26,6 +26,7 @@ POST_IMPORT = {
     "transformers.modeling_utils": ("restore_no_init_weights", "accept_load_in_bits"),
     "transformers.models.auto.modeling_auto": ("register_models",),
     "xtuner.configs": ("add_configs",),
+    "xtuner.dataset.huggingface": ("map_with_as_many_processes_as_help",),
     "xtuner.dataset.utils": ("encode_without_bos",),
     "xtuner.engine._strategy.deepspeed": ("train_one_dtype_under_zero3",),
     "xtuner.engine.hooks.evaluate_chat_hook": ("chat_about_images_within_reach",),

@@ -379,6 +379,25 @@ def encode_without_bos(dataset_utils):
     dataset_utils.get_bos_eos_token_ids = get_bos_eos_token_ids
 
 
+def map_with_as_many_processes_as_help(huggingface):
+    """Tokenises with one process for each core, and small data sets in this one.
+
+    Repairs: xtuner 0.2.0 dataset/huggingface.py:271, which forks 32 processes four times whatever the machine and the
+    data set, and dataset/llava.py:63, which has no option for it. Needed until: none yet.
+    """
+    original = huggingface.process_hf_dataset
+
+    @functools.wraps(original)
+    def process_hf_dataset(dataset, *args, map_num_proc=32, **kwargs):
+        samples = [len(part) for part in dataset.values()] if isinstance(dataset, dict) else []
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        if cores == 1 or (samples and max(samples) < 1000):
+            map_num_proc = None  # forking costs seconds
+        return original(dataset, *args, map_num_proc=map_num_proc and min(map_num_proc, cores), **kwargs)
+
+    huggingface.process_hf_dataset = process_hf_dataset
+
+
 def give_projector_tied_keys(modeling_projector):
     """Gives LLaVA's projector the attribute that loading a model looks for.
 

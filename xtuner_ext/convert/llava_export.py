@@ -29,6 +29,7 @@ from ..data.templates import get_template
 from ..distill.stages import read_checkpoint
 from ..errors import UserError
 from ..modeling import HybridVLConfig, HybridVLForCausalLM
+from ..modeling.mixers import FP32_PARAMETERS
 from ..modeling.processing import HybridVLProcessor
 from .checkpoint import read_config_json, whole_folder
 from .export import PARITY_TOLERANCE, check_parity, relative_difference, write_model, write_processor, write_weights
@@ -249,9 +250,12 @@ def _tower_tokens(config):
     return (config.image_size // config.patch_size) ** 2
 
 
-def _rounded(model, dtype):
-    """The model with the numbers that are stored, computing in fp32."""
-    return model.to(dtype).float()
+def _rounded(module, dtype):
+    """The module with the numbers that are stored, computing in fp32; rotary frequencies are not stored."""
+    for name, parameter in module.named_parameters():
+        if name.rpartition(".")[2] not in FP32_PARAMETERS:
+            parameter.data = parameter.data.to(dtype).float()
+    return module
 
 
 def write_huggingface(model, config, out, dtype, max_shard_size):
@@ -367,7 +371,8 @@ def _template(config, tokenizer):
 
 def _write_hybrid(model, config, out, dtype, max_shard_size):
     tokenizer = BUILDER.build(config.tokenizer)
-    tokenizer.padding_side = "left"
+    tokenizer.padding_side = "left"  # as answers need it
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     expected = probe(_rounded(model, dtype))
     parts = model.llm.config, model.visual_encoder.config
     whole = assemble(model.llm, model.visual_encoder, model.projector, tokenizer, model.visual_select_layer)
@@ -392,10 +397,8 @@ def write_official(model, config, out, dtype, max_shard_size):
             raise UserError(
                 f"--save-format official can not hold a {type(part).__name__}, only a {wanted.__name__}; use huggingface"
             )
-    if tuned:
-        tower.to(dtype).float()
-    model.llm.to(dtype).float()
-    model.projector.to(dtype).float()
+    for part in (llm, model.projector, *([tower] if tuned else [])):
+        _rounded(part, dtype)
     expected = probe(model)
     tokenizer, image_processor = (BUILDER.build(config[key]) for key in ("tokenizer", "image_processor"))
     state = {f"model.mm_{key.replace('model.', 'projector.', 1)}": v for key, v in model.projector.state_dict().items()}
