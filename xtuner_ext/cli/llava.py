@@ -9,18 +9,18 @@ from .loading import DTYPES
 
 
 @dataclasses.dataclass(frozen=True)
-class OpenedTemplate(Template):
+class TemplateWithBos(Template):
     """A template that writes the beginning of a sequence itself.
 
     Attributes:
-        opening (str): In front of a conversation.
+        bos (str): In front of a conversation, its system message included.
     """
 
-    opening: str = ""
+    bos: str = ""
 
     def prompt(self, question, first=True, system=None):
         """str: As of :class:`~xtuner_ext.data.templates.Template`."""
-        return (self.opening if first else "") + super().prompt(question, first, system)
+        return (self.bos if first else "") + super().prompt(question, first, system)
 
 
 def load_llava_model(args):
@@ -79,5 +79,5 @@ def llava_template(wanted, model, processor, folder):
     bos = get_bos_eos_token_ids(tokenizer)[0]
     if bos and tokenizer("a").input_ids[: len(bos)] != bos:
         # XTuner writes it also where the tokenizer would not.
-        return OpenedTemplate(**vars(template), opening=tokenizer.decode(bos))
+        return TemplateWithBos(**vars(template), bos=tokenizer.decode(bos))
     return template
