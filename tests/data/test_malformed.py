@@ -41,6 +41,13 @@ def test_meta_mistakes_are_named_whatever_is_allowed(build, tmp_path, case, shar
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("path, found", [("", "Is a directory"), ("d.jsonl/m.json", "Not a directory")])
+def test_a_meta_file_that_cannot_be_read_is_named(tmp_path, path, found):
+    (tmp_path / "d.jsonl").write_text("{}")
+    with pytest.raises(UserError, match=f"^meta file {tmp_path / path} cannot be read: {found}$"):
+        read_meta(tmp_path / path)
+
+
 @pytest.mark.parametrize("case", LINE_CASES, ids=name)
 def test_bad_lines_are_named(build, tmp_path, case):
     meta, fragments, reason = write(tmp_path, case)

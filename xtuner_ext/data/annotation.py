@@ -89,6 +89,8 @@ def read_meta(path):
         meta = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=lambda pairs: _unique(pairs, path))
     except FileNotFoundError as error:
         raise UserError(f"meta file {path} does not exist") from error
+    except OSError as error:
+        raise UserError(f"meta file {path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"meta file {path} is not valid JSON: {error}") from error
     if not isinstance(meta, dict) or not meta:
@@ -118,7 +120,7 @@ def _entry(path, name, fields):
 
     check("repeat_time", lambda value: _is_number(value) and value > 0, "a number above 0")
     for key in ("annotation", "root"):
-        check(key, lambda value: isinstance(value, str), "a path")
+        check(key, lambda value: isinstance(value, str) and "\0" not in value, "a path")
     check("max_dynamic_patch", lambda value: value is None or _is_count(value) and value > 0, "1 tile or more")
     check("data_augment", lambda value: isinstance(value, bool), "true or false")
     check("length", lambda value: value is None or _is_count(value), "the number of lines")
@@ -265,7 +267,7 @@ class MediaFiles:
         Raises:
             BadSample: When it is missing.
         """
-        key = hash(name)
+        key = hash((kind, name))
         if key in self.known:
             return
         path = os.path.join(self.root, name)

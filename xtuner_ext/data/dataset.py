@@ -94,7 +94,9 @@ class ConversationDataset(Dataset):
         ledger.check(len(ledger) / self.line_count, f"{self.line_count:,} lines of {meta}")
         self.index = np.concatenate(index)
         if not len(self.index):
-            reason = "every line is bad" if len(ledger) == self.line_count else "its repeat_time is too small"
+            reason = "its repeat_time is too small"
+            if len(self.bad) == self.line_count:
+                reason = f"every line is bad; the first is {self.bad[0].message}"
             raise UserError(f"meta file {meta} gives no sample, {reason}")
         self.fingerprints = [fingerprint(description) for description in describe_sources(self)]
 
