@@ -1,5 +1,6 @@
 """Questions, prompts and batched answers."""
 
+import copy
 import json
 
 import pytest
@@ -72,6 +73,20 @@ def test_videos_are_asked_about_frame_by_frame(tmp_path, digits_processor, tiny_
     asked = seen[0][0][0].tolist()
     assert sample[: len(asked)] == asked
     assert torch.equal(seen[0][1], torch.cat([digits_processor.tiles(picture, 1) for picture in pictures]))
+
+
+@pytest.mark.parametrize("limit, tiles", [(None, 7), (4, 5), (2, 3)])
+def test_images_have_the_tiles_that_the_dataset_allows(conversations, digits_processor, tiny_model, limit, tiles):
+    folder, model, seen = conversations.parent, tiny_model(), []
+    Image.new("RGB", (192, 128), "red").save(folder / "a.png")
+    conversations.write_text(json.dumps({"d": {"annotation": "d.jsonl", "max_dynamic_patch": limit}}))
+    (folder / "d.jsonl").write_text(json.dumps({"image": "a.png", "conversations": _turns("Q", "A")}))
+    processor = copy.deepcopy(digits_processor)
+    processor.fit, processor.max_tiles = "tiles", 6
+    model.generate = lambda input_ids, pixel_values, **_: seen.append(len(pixel_values)) or input_ids
+    answer(model, processor, get_template("internlm2_chat"), read_questions(conversations))
+    dataset = ConversationDataset(conversations, processor, "internlm2_chat")
+    assert seen == [tiles] == [len(dataset[0]["pixel_values"])]
 
 
 def test_plain_text_asks_nothing(conversations):

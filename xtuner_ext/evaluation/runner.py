@@ -23,8 +23,8 @@ def read_questions(meta, limit=None):
         limit (int, optional): Only the first n questions.
 
     Returns:
-        list[dict]: ``id``, ``turns`` (question, answer or None), ``images``, ``video`` and ``clip``, ``gold``,
-        ``category``, ``where``.
+        list[dict]: ``id``, ``turns`` (question, answer or None), ``images``, ``video`` and ``clip``, ``max_tiles``
+        of the dataset, ``gold``, ``category``, ``where``.
 
     Raises:
         UserError: For annotations that are broken or ask nothing.
@@ -45,6 +45,7 @@ def read_questions(meta, limit=None):
                         "images": record.images[:needed],
                         "video": record.video if shown else None,
                         "clip": record.clip,
+                        "max_tiles": entry.max_dynamic_patch,
                         "system": record.system,
                         "gold": answer,
                         "category": record.category,
@@ -145,7 +146,7 @@ def _encode(processor, template, question, turns, frames):
         images, limit = read_frames(question["video"], question["where"], frames, question["clip"]), 1
     else:
         images = (open_image(path, question["where"]) for path in question["images"])
-        limit = processor.tile_limit(len(question["images"]))
+        limit = processor.tile_limit(len(question["images"]), question["max_tiles"])
     # One by one, as whole videos take much memory.
     tiles = [processor.tiles(image, limit) for image in images]
     slots = [processor.expand(IMAGE_PLACEHOLDER, [len(cut)]) for cut in tiles]
