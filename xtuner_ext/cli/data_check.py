@@ -19,8 +19,8 @@ def add_parser(verbs):
         "check",
         help="what training would lose, and how long samples are",
         description="Check every line, path, placeholder and header of the datasets that a meta JSON names; with a "
-        "model also its template, and the exact lengths of all samples in tokens. Images are decoded only where the end "
-        "of the file does not tell that it is whole, videos never. Ends with status 1 if training would lose anything, "
+        "model also its template, and the exact lengths of all samples in tokens. Images are decoded only where the "
+        "end of the file does not tell that it is whole, videos never. Ends with status 1 if training would lose anything, "
         "with 2 if the meta file itself or the command is wrong.",
         epilog="example: xtuner-ext data check work_dirs/digits/data/train.json --model digits-teacher",
     )

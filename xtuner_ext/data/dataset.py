@@ -13,11 +13,12 @@ from torch.utils.data import Dataset
 
 from ..errors import BadSample, UserError
 from ..modeling.processing import IMAGE_PLACEHOLDER
-from .annotation import JsonlAnnotations, read_meta
+from .annotation import JsonlAnnotations
 from .augment import jpeg_again
 from .identity import describe_sources, fingerprint
 from .ledger import Ledger, Skipped
 from .masking import IGNORE_INDEX, encode_conversation, encode_text
+from .meta import read_meta
 from .template_fit import fit_template
 from .video import FrameSampling, count_frames, read_frames
 

@@ -3,9 +3,10 @@
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from ..data.annotation import VIDEO_PLACEHOLDER, JsonlAnnotations, read_meta
+from ..data.annotation import VIDEO_PLACEHOLDER, JsonlAnnotations
 from ..data.dataset import open_image
 from ..data.masking import encode_conversation
+from ..data.meta import read_meta
 from ..data.templates import render
 from ..data.video import FrameSampling, count_frames, read_frames
 from ..errors import UserError
