@@ -9,6 +9,7 @@ from PIL import Image
 from tokenizers.pre_tokenizers import Metaspace
 
 from xtuner_ext.cli.session import ChatSession
+from xtuner_ext.data.masking import encode_conversation
 from xtuner_ext.data.templates import get_template
 
 MIXERS = {
@@ -154,4 +155,21 @@ def test_a_later_question_is_read_as_in_the_whole_conversation(digits_processor,
     end = whole.index(session.stops[-1])
     question = whole[end + 1 :]
     assert session.ids[0, before - 1] in session.stops
+    assert session.ids[0, before : before + len(question)].tolist() == question
+
+
+def test_control_tokens_in_a_question_are_characters(digits_processor, tiny_model, generation):
+    """As in training: they end no turn and claim no slot of an image."""
+    words, template = "</s> Say <|im_end|> or <img><IMG_CONTEXT></img>", get_template("internlm2_chat")
+    turns = [("Is there a 7?", "yes"), (f"<image>\n{words}", None)]
+    session = ChatSession(tiny_model(), digits_processor, template)
+    session.ask(words, **generation)
+    first, before = session.ids[0].tolist(), session.ids.shape[1]
+    expected, _ = encode_conversation(digits_processor.tokenizer, template, [(words, None)])
+    assert first[: len(expected)] == expected.tolist()
+    session.ask(words, [picture("red")], **generation)
+    image = digits_processor.expand("<image>", [1])
+    whole, _ = encode_conversation(digits_processor.tokenizer, template, turns, images=[image])
+    part, _ = encode_conversation(digits_processor.tokenizer, template, turns[:1])
+    question = whole[len(part) :].tolist()
     assert session.ids[0, before : before + len(question)].tolist() == question

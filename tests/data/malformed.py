@@ -62,6 +62,7 @@ META_CASES = [
          meta={"d": {"annotation": "gone.jsonl"}}),
     Case("annotation-is-a-folder", ("images is a folder, expected a JSONL file",),
          meta={"d": {"annotation": "images"}}),
+    Case("path-null-byte", ("'d' has annotation", "expected a path"), meta={"d": {"annotation": "d\0.jsonl"}}),
     Case("annotation-empty", ("empty.jsonl is empty", "one JSON object a line"),
          meta={"d": {"annotation": "empty.jsonl"}}),
     Case("repeat-zero", ("'d' has repeat_time 0, expected a number above 0",), meta=_meta(repeat_time=0)),

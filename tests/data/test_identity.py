@@ -74,3 +74,15 @@ def test_a_line_keeps_its_name_when_another_is_left_out(build):
     lines = [{"conversations": []}, *LINES]
     dataset = build(lines=lines, dataset={"max_bad_fraction": 0.5})
     assert [dataset[index]["keys"][0][1] for index in range(3)] == [1, 2, 3]
+
+
+def test_the_same_lines_over_other_images_are_other_samples(build, tmp_path):
+    build(fields={"repeat_time": 2})
+    (tmp_path / "a" / "other").mkdir()
+    Image.new("RGB", (32, 32), "blue").save(tmp_path / "a" / "other" / "red.png")
+    roots = {"one": ".", "two": "other", "three": "other/.."}
+    meta = {name: {"annotation": "d.jsonl", "root": root} for name, root in roots.items()}
+    (tmp_path / "a" / "d.json").write_text(json.dumps(meta))
+    processor = build("b").processor
+    one, two, three = ConversationDataset(tmp_path / "a" / "d.json", processor, "internlm2_chat").fingerprints
+    assert one == three == build("b").fingerprints[0] != two

@@ -2,9 +2,9 @@
 
 import pytest
 
-from xtuner_ext.data.annotation import read_meta
 from xtuner_ext.data.dataset import ConversationDataset
 from xtuner_ext.data.ledger import REASONS
+from xtuner_ext.data.meta import read_meta
 from xtuner_ext.errors import BadSample, UserError
 
 from .malformed import GOOD, LINE, LINE_CASES, META_CASES, write

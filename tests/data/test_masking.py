@@ -114,7 +114,9 @@ def test_whole_conversation_is_written_once_with_one_leading_token(tokenizer, na
     assert ids.tolist().count(tokenizer.bos_token_id) == 1 and labels[0] == IGNORE_INDEX
 
 
-WORDS = "<s>Say</s> <|im_end|><|im_end|>\n<|im_start|>assistant <|end|><|user|> <pad>, then <img><IMG_CONTEXT></img><|im_"
+WORDS = (
+    "<s>Say</s> <|im_end|><|im_end|>\n<|im_start|>assistant <|end|><|user|> <pad>, then <img><IMG_CONTEXT></img><|im_"
+)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

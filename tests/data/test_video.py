@@ -183,3 +183,10 @@ def test_a_caption_names_every_frame():
 def test_settings_are_checked(changes, message):
     with pytest.raises(UserError, match=message):
         FrameSampling.of(changes)
+
+
+@pytest.mark.parametrize("sampling", ["middle", "rand", "fps1"])
+@pytest.mark.parametrize("clip", [(10 / 3 - 1e-8, 4), (1, 1 + 1e-9)])
+def test_the_shortest_clips_show_a_frame(clip, sampling):
+    chosen = FrameSampling(4, 4, sampling).choose(10, 3, clip, np.random.default_rng(0))
+    assert set(chosen) == {min(9, int(clip[0] * 3))}

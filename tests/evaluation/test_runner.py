@@ -1,8 +1,10 @@
 """Questions, prompts and batched answers."""
 
+import copy
 import json
 
 import pytest
+import torch
 from PIL import Image
 
 from tests.data.malformed import write_video
@@ -10,7 +12,7 @@ from xtuner_ext.data.dataset import ConversationDataset
 from xtuner_ext.data.templates import get_template
 from xtuner_ext.data.video import FrameSampling, read_frames
 from xtuner_ext.errors import UserError
-from xtuner_ext.evaluation.runner import answer, read_questions, render, stop_token_ids
+from xtuner_ext.evaluation.runner import answer, read_questions, stop_token_ids
 
 MIXERS = {
     "attention": ["full_attention"] * 3,
@@ -65,10 +67,26 @@ def test_videos_are_asked_about_frame_by_frame(tmp_path, digits_processor, tiny_
     # What is seen is what is trained on: the same tokens and tiles.
     dataset = ConversationDataset(tmp_path / "d.json", digits_processor, "internlm2_chat", frames=frames)
     pictures = list(read_frames(tmp_path / "film.mp4", "", FrameSampling.of(frames), (0.5, 1.5)))
-    inputs = digits_processor([rows[2]["prompt"]], images=[pictures], max_tiles=[1])
-    sample = dataset._encode(dataset.record(0), [1] * 9)[0].tolist()
-    asked = inputs["input_ids"][0].tolist()
-    assert sample[: len(asked)] == asked and inputs["pixel_values"].shape[0] == 9
+    sample, seen = dataset._encode(dataset.record(0), [1] * 9)[0].tolist(), []
+    model.generate = lambda input_ids, pixel_values, **_: seen.append((input_ids, pixel_values)) or input_ids
+    answer(model, digits_processor, template, [after], frames=frames)
+    asked = seen[0][0][0].tolist()
+    assert sample[: len(asked)] == asked
+    assert torch.equal(seen[0][1], torch.cat([digits_processor.tiles(picture, 1) for picture in pictures]))
+
+
+@pytest.mark.parametrize("limit, tiles", [(None, 7), (4, 5), (2, 3)])
+def test_images_have_the_tiles_that_the_dataset_allows(conversations, digits_processor, tiny_model, limit, tiles):
+    folder, model, seen = conversations.parent, tiny_model(), []
+    Image.new("RGB", (192, 128), "red").save(folder / "a.png")
+    conversations.write_text(json.dumps({"d": {"annotation": "d.jsonl", "max_dynamic_patch": limit}}))
+    (folder / "d.jsonl").write_text(json.dumps({"image": "a.png", "conversations": _turns("Q", "A")}))
+    processor = copy.deepcopy(digits_processor)
+    processor.fit, processor.max_tiles = "tiles", 6
+    model.generate = lambda input_ids, pixel_values, **_: seen.append(len(pixel_values)) or input_ids
+    answer(model, processor, get_template("internlm2_chat"), read_questions(conversations))
+    dataset = ConversationDataset(conversations, processor, "internlm2_chat")
+    assert seen == [tiles] == [len(dataset[0]["pixel_values"])]
 
 
 def test_plain_text_asks_nothing(conversations):
@@ -86,14 +104,19 @@ def test_limit_takes_the_first_questions(conversations):
     assert len(read_questions(conversations, limit=99)) == 3
 
 
+@pytest.mark.parametrize("words", ["", "</s> Say <|im_end|> or <img><IMG_CONTEXT></img>"])
 @pytest.mark.parametrize("template", ["internlm2-chat", "internlm2_chat"])
-def test_prompt_is_what_training_saw_up_to_the_answer(conversations, digits_processor, template):
+def test_prompt_is_what_training_saw_up_to_the_answer(conversations, digits_processor, tiny_model, template, words):
+    """Also where a question or an earlier answer mentions control tokens."""
+    path = conversations.parent / "d.jsonl"
+    path.write_text(path.read_text().replace('"Q"', json.dumps(f"Q{words}")).replace('"A1"', json.dumps(f"A1{words}")))
     dataset = ConversationDataset(conversations, digits_processor, template)
     samples = [dataset[0]["input_ids"], *[dataset[1]["input_ids"]] * 2]
-    for question, trained in zip(read_questions(conversations), samples, strict=True):
-        prompt = render(get_template(template), question["turns"], question["system"])
-        images = [Image.open(path) for path in question["images"]]
-        ids = digits_processor(prompt, images=images)["input_ids"][0]
+    model, seen = tiny_model(), []
+    model.generate = lambda input_ids, **_: seen.append(input_ids[0]) or input_ids
+    questions = read_questions(conversations)
+    answer(model, digits_processor, get_template(template), questions, batch_size=1)
+    for ids, question, trained in zip(seen, questions, samples, strict=True):
         assert ids.tolist() == trained[: len(ids)].tolist()
         rest = digits_processor.tokenizer.decode(trained[len(ids) :])
         assert rest.startswith(question["gold"] + "<|im_end|>")

@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from ..data.annotation import read_meta
+from ..data.meta import read_meta
 from ..errors import UserError
 from . import configs_dir
 from .config_options import load_config

@@ -2,8 +2,10 @@
 
 import torch
 
+from ..data.masking import encode_prompt
 from ..evaluation.runner import stop_token_ids
 from ..modeling import HybridCache
+from ..modeling.processing import IMAGE_PLACEHOLDER
 
 # Tokens that a conversation has room for at first.
 ROOM = 1024
@@ -48,16 +50,15 @@ class ChatSession:
         Raises:
             ValueError: When placeholders and images differ in number.
         """
-        if images and "<image>" not in text:
-            text = "<image>\n" * len(images) + text
+        if images and IMAGE_PLACEHOLDER not in text:
+            text = f"{IMAGE_PLACEHOLDER}\n" * len(images) + text
         first = self.ids.shape[1] == 0
-        prompt = self.template.prompt(text, first=first, system=self.system)
-        # Read behind the end of the turn before, as in training; that end is there already.
-        before = "" if first else self.template.suffix
-        seen = len(self.processor.tokenizer(before, add_special_tokens=False).input_ids) if before else 0
-        new = self.processor(before + prompt, images=list(images), add_special_tokens=first)
-        ids = torch.cat([self.ids, new["input_ids"][:, seen:]], dim=1)
-        pixels = new.get("pixel_values")
+        limit = self.processor.tile_limit(len(images))
+        tiles = [self.processor.tiles(image, limit) for image in images]
+        slots = [self.processor.expand(IMAGE_PLACEHOLDER, [len(cut)]) for cut in tiles]
+        new = encode_prompt(self.processor.tokenizer, self.template, text, self.system, slots, first)
+        ids = torch.cat([self.ids, torch.tensor([new])], dim=1)
+        pixels = torch.cat(tiles) if tiles else None
         try:
             output = self.model.generate(
                 ids.to(self.model.device),

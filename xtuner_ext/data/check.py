@@ -14,9 +14,10 @@ from PIL import Image
 
 from ..errors import BadSample, UserError
 from ..modeling.processing import IMAGE_PLACEHOLDER
-from .annotation import MediaFiles, check_line, read_meta
+from .annotation import MediaFiles, check_line
 from .counting import TokenCounter
 from .dataset import UNREADABLE, repeat_lines
+from .meta import read_meta
 from .packing import first_fit_decreasing
 from .video import FRAME_SUFFIXES, FrameSampling, count_frames
 

@@ -13,11 +13,12 @@ from torch.utils.data import Dataset
 
 from ..errors import BadSample, UserError
 from ..modeling.processing import IMAGE_PLACEHOLDER
-from .annotation import JsonlAnnotations, read_meta
+from .annotation import JsonlAnnotations
 from .augment import jpeg_again
 from .identity import describe_sources, fingerprint
 from .ledger import Ledger, Skipped
 from .masking import IGNORE_INDEX, encode_conversation, encode_text
+from .meta import read_meta
 from .template_fit import fit_template
 from .video import FrameSampling, count_frames, read_frames
 
@@ -94,7 +95,9 @@ class ConversationDataset(Dataset):
         ledger.check(len(ledger) / self.line_count, f"{self.line_count:,} lines of {meta}")
         self.index = np.concatenate(index)
         if not len(self.index):
-            reason = "every line is bad" if len(ledger) == self.line_count else "its repeat_time is too small"
+            reason = "its repeat_time is too small"
+            if len(self.bad) == self.line_count:
+                reason = f"every line is bad; the first is {self.bad[0].message}"
             raise UserError(f"meta file {meta} gives no sample, {reason}")
         self.fingerprints = [fingerprint(description) for description in describe_sources(self)]
 

@@ -27,7 +27,7 @@ def encode_conversation(tokenizer, template, turns, system=None, ended=True, ima
         tokenizer (PreTrainedTokenizerBase): Its own leading tokens (such as a beginning-of-sequence token)
             are kept.
         template (Template): Conversation template.
-        turns (list[tuple[str, str]]): Questions and answers.
+        turns (list[tuple[str, str | None]]): Questions and answers; the last answer is None where it is wanted.
         system (str, optional): System message.
         ended (bool): Whether the last answer gets its suffix; one that was cut off does not.
         images (list[str]): What takes the place of each ``<image>`` of the questions, in reading order.
@@ -38,26 +38,59 @@ def encode_conversation(tokenizer, template, turns, system=None, ended=True, ima
     Raises:
         ValueError: When placeholders and images differ in number.
     """
-    places = sum(question.count(IMAGE_PLACEHOLDER) for question, _ in turns)
-    if places != len(images):
-        raise ValueError(f"the questions have {places} {IMAGE_PLACEHOLDER} placeholders for {len(images)} images")
-    words, images = special_words(tokenizer, len(tokenizer)), iter(images)
-    ids = _leading_ids(tokenizer)
+    _check_places([question for question, _ in turns], images)
+    words, images, ids = special_words(tokenizer, len(tokenizer)), iter(images), _leading_ids(tokenizer)
     labels = [IGNORE_INDEX] * len(ids)
     for number, (question, answer) in enumerate(turns):
-        first, *rest = (_broken(words, part) for part in question.split(IMAGE_PLACEHOLDER))
-        question = first + "".join(next(images) + part for part in rest)
-        prompt = template.prompt(question, first=number == 0, system=system and _broken(words, system))
-        answer = template.answer(_broken(words, answer), ended=ended or number < len(turns) - 1)
-        before = template.suffix if number else ""
-        prompt_ids = _pieces_ids(tokenizer, before, prompt, template.suffix)
-        turn_ids = _pieces_ids(tokenizer, before, prompt + answer, template.suffix)
-        if turn_ids[: len(prompt_ids)] != prompt_ids:
-            # The answer merges with the prompt's end; generation starts from the prompt's own tokens.
-            turn_ids = prompt_ids + _pieces_ids(tokenizer, "", answer, template.suffix)
+        own = [next(images) for _ in range(question.count(IMAGE_PLACEHOLDER))]
+        prompt, before = _prompt(words, template, question, system, own, number == 0)
+        turn_ids = prompt_ids = _pieces_ids(tokenizer, before, prompt, template.suffix)
+        if answer is not None:
+            answer = template.answer(_broken(words, answer), ended=ended or number < len(turns) - 1)
+            turn_ids = _pieces_ids(tokenizer, before, prompt + answer, template.suffix)
+            if turn_ids[: len(prompt_ids)] != prompt_ids:
+                # The answer merges with the prompt's end; generation starts from the prompt's own tokens.
+                turn_ids = prompt_ids + _pieces_ids(tokenizer, "", answer, template.suffix)
         ids += turn_ids
         labels += [IGNORE_INDEX] * len(prompt_ids) + turn_ids[len(prompt_ids) :]
     return torch.tensor(ids), torch.tensor(labels)
+
+
+def encode_prompt(tokenizer, template, question, system=None, images=(), first=True):
+    """Tokenize one question as :func:`encode_conversation` does, up to where its answer begins.
+
+    Args:
+        tokenizer (PreTrainedTokenizerBase): Tokenizer.
+        template (Template): Conversation template.
+        question (str): The user's words.
+        system (str, optional): System message.
+        images (list[str]): What takes the place of each ``<image>``.
+        first (bool): Whether this opens the conversation; a later question follows the end of a turn.
+
+    Returns:
+        list[int]: Ids, with the tokenizer's own leading tokens in front of the first question.
+
+    Raises:
+        ValueError: When placeholders and images differ in number.
+    """
+    _check_places([question], images)
+    words = special_words(tokenizer, len(tokenizer))
+    prompt, before = _prompt(words, template, question, system, images, first)
+    return (_leading_ids(tokenizer) if first else []) + _pieces_ids(tokenizer, before, prompt, template.suffix)
+
+
+def _check_places(questions, images):
+    places = sum(question.count(IMAGE_PLACEHOLDER) for question in questions)
+    if places != len(images):
+        raise ValueError(f"the questions have {places} {IMAGE_PLACEHOLDER} placeholders for {len(images)} images")
+
+
+def _prompt(words, template, question, system, images, first):
+    """tuple[str, str]: A question block, with a ``BREAK`` wherever a special token is none, and what it follows."""
+    start, *rest = (_broken(words, part) for part in question.split(IMAGE_PLACEHOLDER))
+    question = start + "".join(image + part for image, part in zip(images, rest))
+    prompt = template.prompt(question, first=first, system=system and _broken(words, system))
+    return prompt, "" if first else template.suffix
 
 
 def ids_after(tokenizer, before, text):

@@ -106,7 +106,8 @@ class FrameSampling:
             if clip[0] * fps >= total or clip[1] > total / fps + CLIP_TOLERANCE:
                 raise ValueError(f"'clip' is {list(clip)}, expected times within its {total / fps:.2f} seconds")
             # Not by what a product is wrong in its last digits.
-            first, last = math.floor(clip[0] * fps + 1e-6), min(total, math.ceil(clip[1] * fps - 1e-6))
+            first = min(total - 1, math.floor(clip[0] * fps + 1e-6))
+            last = max(first + 1, min(total, math.ceil(clip[1] * fps - 1e-6)))
         count = last - first
         if self.rate:
             seconds = (np.arange(self.max_frames) + 0.5) / self.rate

@@ -1,12 +1,16 @@
 """Batched, deterministic answering of annotated questions."""
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from ..data.annotation import VIDEO_PLACEHOLDER, JsonlAnnotations, read_meta
+from ..data.annotation import VIDEO_PLACEHOLDER, JsonlAnnotations
 from ..data.dataset import open_image
+from ..data.masking import encode_conversation
+from ..data.meta import read_meta
 from ..data.templates import render
 from ..data.video import FrameSampling, count_frames, read_frames
 from ..errors import UserError
+from ..modeling.processing import IMAGE_PLACEHOLDER
 from .scorers import exact_match
 
 
@@ -20,8 +24,8 @@ def read_questions(meta, limit=None):
         limit (int, optional): Only the first n questions.
 
     Returns:
-        list[dict]: ``id``, ``turns`` (question, answer or None), ``images``, ``video`` and ``clip``, ``gold``,
-        ``category``, ``where``.
+        list[dict]: ``id``, ``turns`` (question, answer or None), ``images``, ``video`` and ``clip``, ``max_tiles``
+        of the dataset, ``gold``, ``category``, ``where``.
 
     Raises:
         UserError: For annotations that are broken or ask nothing.
@@ -33,7 +37,7 @@ def read_questions(meta, limit=None):
             record = annotations[index]
             for turn, (question, answer) in enumerate(record.turns):
                 turns = [*record.turns[:turn], (question, None)]
-                needed = sum(text.count("<image>") for text, _ in turns)
+                needed = sum(text.count(IMAGE_PLACEHOLDER) for text, _ in turns)
                 shown = any(VIDEO_PLACEHOLDER in text for text, _ in turns)
                 questions.append(
                     {
@@ -42,6 +46,7 @@ def read_questions(meta, limit=None):
                         "images": record.images[:needed],
                         "video": record.video if shown else None,
                         "clip": record.clip,
+                        "max_tiles": entry.max_dynamic_patch,
                         "system": record.system,
                         "gold": answer,
                         "category": record.category,
@@ -92,23 +97,23 @@ def answer(model, processor, template, questions, batch_size=32, max_new_tokens=
         list[dict]: Result rows in the order of the questions.
     """
     stops = stop_token_ids(processor.tokenizer, template, model.config)
+    padding = processor.tokenizer.pad_token_id or 0
     frames = FrameSampling(sampling="middle") if frames is None else FrameSampling.of(frames)
     asked = [_captioned(question, frames) for question in questions]
     prompts = [render(template, turns, question["system"]) for turns, question in zip(asked, questions)]
     # Questions of like length share a batch, which keeps padding short.
-    order = sorted(range(len(questions)), key=lambda i: (prompts[i].count("<image>"), len(prompts[i])))
+    order = sorted(range(len(questions)), key=lambda i: (prompts[i].count(IMAGE_PLACEHOLDER), len(prompts[i])))
     rows = [None] * len(questions)
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        images = [_images(questions[i], frames) for i in batch]
-        limits = [None if questions[i]["video"] is None else 1 for i in batch]
-        inputs = processor([prompts[i] for i in batch], images=images, max_tiles=limits).to(model.device)
+        prepared = [_encode(processor, template, questions[i], asked[i], frames) for i in batch]
+        inputs = {name: tensor.to(model.device) for name, tensor in _batch(prepared, padding).items()}
         output = model.generate(
             **inputs,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             eos_token_id=stops,
-            pad_token_id=processor.tokenizer.pad_token_id or 0,
+            pad_token_id=padding,
         )
         new = output[:, inputs["input_ids"].shape[1] :]
         for i, text in zip(batch, processor.batch_decode(new, skip_special_tokens=True)):
@@ -136,8 +141,26 @@ def _captioned(question, frames):
     return [(frames.caption(text, count), answer) for text, answer in question["turns"]]
 
 
-def _images(question, frames):
+def _encode(processor, template, question, turns, frames):
+    """tuple[Tensor, list[Tensor]]: Ids of a prompt, as training reads them, and the tiles of its images."""
     if question["video"] is not None:
-        # Frame by frame, as whole videos of a batch take much memory.
-        return read_frames(question["video"], question["where"], frames, question["clip"])
-    return [open_image(path, question["where"]) for path in question["images"]]
+        images, limit = read_frames(question["video"], question["where"], frames, question["clip"]), 1
+    else:
+        images = (open_image(path, question["where"]) for path in question["images"])
+        limit = processor.tile_limit(len(question["images"]), question["max_tiles"])
+    # One by one, as whole videos take much memory.
+    tiles = [processor.tiles(image, limit) for image in images]
+    slots = [processor.expand(IMAGE_PLACEHOLDER, [len(cut)]) for cut in tiles]
+    ids, _ = encode_conversation(processor.tokenizer, template, turns, question["system"], images=slots)
+    return ids, tiles
+
+
+def _batch(prepared, padding):
+    """dict: Arguments of ``generate``, padded on the left."""
+    prompts, tiles = [ids for ids, _ in prepared], [cut for _, cuts in prepared for cut in cuts]
+    masks = [torch.ones_like(ids) for ids in prompts]
+    inputs = {
+        "input_ids": pad_sequence(prompts, batch_first=True, padding_value=padding, padding_side="left"),
+        "attention_mask": pad_sequence(masks, batch_first=True, padding_side="left"),
+    }
+    return {**inputs, "pixel_values": torch.cat(tiles)} if tiles else inputs

@@ -5,7 +5,6 @@ import re
 from torch import nn
 
 from ..errors import UserError
-from ..modeling import Mamba2Mixer
 
 # Where LoRA can lie, and what else can be frozen.
 LORA_PARTS = ("language", "mixers", "vision", "projector")

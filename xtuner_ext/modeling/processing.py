@@ -252,20 +252,15 @@ class HybridVLProcessor:
             pieces += [self.image_start, context, self.image_end, part]
         return "".join(pieces)
 
-    def __call__(
-        self, text, images=None, padding=True, padding_side="left", add_special_tokens=True, max_tiles=None
-    ):
+    def __call__(self, text, images=None, padding=True, padding_side="left", add_special_tokens=True):
         """Prepare a batch for generation.
 
         Args:
             text (str | list[str]): Rendered prompts with ``<image>`` placeholders.
-            images (list, optional): Images of all prompts in reading order, or those of each prompt; where a prompt
-                has its own ``max_tiles`` these may be read one by one.
+            images (list, optional): Images of all prompts in reading order, or one list per prompt.
             padding (bool): Pad to the longest prompt.
             padding_side (str): ``left`` for generation.
             add_special_tokens (bool): Let the tokenizer add its own, such as a beginning-of-sequence token.
-            max_tiles (list[int | None], optional): Most tiles of each image of a prompt, such as 1 for the frames of a
-                video; by default the images of a prompt share the processor's own limit.
 
         Returns:
             BatchFeature: ``input_ids``, ``attention_mask`` and, with images, ``pixel_values`` (T, 3, S, S).
@@ -273,8 +268,8 @@ class HybridVLProcessor:
         texts = [text] if isinstance(text, str) else list(text)
         per_text = _group_images(texts, images)
         pixels, expanded = [], []
-        for prompt, group, limit in zip(texts, per_text, max_tiles or [None] * len(texts)):
-            limit = self.tile_limit(len(group)) if limit is None else limit
+        for prompt, group in zip(texts, per_text):
+            limit = self.tile_limit(len(group))
             tiles = [self.tiles(image, limit) for image in group]
             expanded.append(self.expand(prompt, [len(t) for t in tiles]))
             pixels += tiles
@@ -347,7 +342,7 @@ def to_rgb(image):
 
 def _group_images(texts, images):
     images = list(images or [])
-    if images and not isinstance(images[0], Image.Image):
+    if images and isinstance(images[0], (list, tuple)):
         if len(images) != len(texts):
             raise ValueError(f"there are {len(images)} lists of images for {len(texts)} prompts")
         return images

@@ -1,12 +1,12 @@
 """What the digits teacher is trained from: data, a tokenizer and HoVLE-shaped random weights."""
 
-import json
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from ..annotation import JsonlAnnotations, read_meta
+from ..annotation import JsonlAnnotations
+from ..meta import read_meta
 from ..templates import get_template
 from .digits import IMAGE_SIZE, make_digits
 
