@@ -31,6 +31,7 @@ POST_IMPORT = {
     "xtuner.engine._strategy.deepspeed": ("train_one_dtype_under_zero3",),
     "xtuner.engine.hooks.evaluate_chat_hook": ("chat_about_images_within_reach",),
     "xtuner.entry_point": ("replace_cli",),
+    "xtuner.model.modules.dispatch": ("leave_attention_to_transformers",),
     "xtuner.model.modules.projector.modeling_projector": (
         "give_projector_tied_keys",
         "checkpoint_projector_in_the_new_way",

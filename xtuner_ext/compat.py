@@ -479,6 +479,25 @@ def read_select_layer_as_number(argparse):
     argparse.ArgumentParser.add_argument = add_argument
 
 
+def leave_attention_to_transformers(dispatch):
+    """Keeps the attention that a model was built with, flash-attn's where the config asks for it.
+
+    Repairs: xtuner 0.2.0 model/modules/dispatch/__init__.py:182, which with flash-attn installed replaces attention by
+    copies made for transformers 4.48: they do not know transformers 5's cache, so that chats in training see one token.
+    Sequences split over GPUs need the copies. Needed until: none yet.
+    """
+    original = dispatch.dispatch_attn_forward
+
+    @functools.wraps(original)
+    def dispatch_attn_forward(model):
+        from xtuner.parallel.sequence import get_sequence_parallel_world_size
+
+        if get_sequence_parallel_world_size() > 1:
+            original(model)
+
+    dispatch.dispatch_attn_forward = dispatch_attn_forward
+
+
 def replace_cli(entry_point):
     """Puts our front door behind the stock `xtuner` command.
 
