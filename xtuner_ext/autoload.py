@@ -18,7 +18,7 @@ POST_IMPORT = {
     "mmengine.utils.package_utils": ("find_packages_without_pkg_resources",),
     "mmengine.fileio.backends.local_backend": ("write_files_atomically",),
     "mmengine.dist.utils": ("init_dist_without_cuda",),
-    "mmengine.model.wrappers.distributed": ("wrap_cpu_models_without_device_ids",),
+    "mmengine.model.wrappers.distributed": ("wrap_cpu_models_without_device_ids", "look_for_unused_llava_layers"),
     "mmengine.optim.optimizer.amp_optimizer_wrapper": ("train_mixed_on_cpu",),
     "mmengine.optim.scheduler.param_scheduler": ("leave_out_short_warmups",),
     "mmengine.runner.checkpoint": ("allow_checkpoint_types", "find_readable_checkpoint"),

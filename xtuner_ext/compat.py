@@ -169,6 +169,26 @@ def wrap_cpu_models_without_device_ids(distributed):
     wrapper.__init__ = __init__
 
 
+def look_for_unused_llava_layers(distributed):
+    """Lets LLaVA's vision tower train on several processes without DeepSpeed.
+
+    Repairs: xtuner 0.2.0 model/llava.py:337, which reads the tower's last layer but one, so that the last one's adapters
+    never have a gradient; DistributedDataParallel stops unless it is told to look. Needed until: none yet.
+    """
+    wrapper = distributed.MMDistributedDataParallel
+    original = wrapper.__init__
+
+    @functools.wraps(original)
+    def __init__(self, module, *args, **kwargs):
+        llava = sys.modules.get("xtuner.model.llava")
+        if llava is not None and isinstance(module, llava.LLaVAModel):
+            tower = module.visual_encoder
+            kwargs["find_unused_parameters"] = any(parameter.requires_grad for parameter in tower.parameters())
+        original(self, module, *args, **kwargs)
+
+    wrapper.__init__ = __init__
+
+
 def train_mixed_on_cpu(amp_optimizer_wrapper):
     """Lets `AmpOptimWrapper` train without an accelerator, in the precision that it is told.
 
