@@ -28,7 +28,7 @@ POST_IMPORT = {
     "xtuner.configs": ("add_configs",),
     "xtuner.dataset.huggingface": ("map_with_as_many_processes_as_help",),
     "xtuner.dataset.utils": ("encode_without_bos",),
-    "xtuner.engine._strategy.deepspeed": ("train_one_dtype_under_zero3",),
+    "xtuner.engine._strategy.deepspeed": ("train_one_dtype_under_zero3", "gather_mixers_under_zero3"),
     "xtuner.engine.hooks.evaluate_chat_hook": ("chat_about_images_within_reach",),
     "xtuner.entry_point": ("replace_cli",),
     "xtuner.model.modules.dispatch": ("leave_attention_to_transformers",),

@@ -585,6 +585,34 @@ def train_one_dtype_under_zero3(deepspeed_strategy):
     strategy._wrap_model = _wrap_model
 
 
+def gather_mixers_under_zero3(deepspeed_strategy):
+    """Tells ZeRO-3 that a mixer reads its convolution's and norms' weights itself, which DeepSpeed learns in training alone.
+
+    A chat before the first iteration, which XTuner's hook holds, would meet empty weights. Not a repair of anything
+    upstream.
+    """
+    strategy = deepspeed_strategy.DeepSpeedStrategy
+    original = strategy._wrap_model
+
+    @functools.wraps(original)
+    def _wrap_model(self, model):
+        wrapped = original(self, model)
+        if self.config.get("zero_optimization", {}).get("stage") == 3:
+            import torch
+            from deepspeed.runtime.zero import register_external_parameter
+
+            from xtuner_ext.modeling import Mamba2Mixer
+
+            for mixer in (module for module in model.modules() if isinstance(module, Mamba2Mixer)):
+                for part in mixer.modules():
+                    for parameter in part.parameters(recurse=False):
+                        if part is not mixer and not isinstance(part, torch.nn.Linear):
+                            register_external_parameter(mixer, parameter)
+        return wrapped
+
+    strategy._wrap_model = _wrap_model
+
+
 def keep_optimizer_under_deepspeed(train_tool):
     """Lets DeepSpeed train the groups of parameters that a config makes, and ours in the precision that it asks for.
 
