@@ -334,6 +334,18 @@ def test_the_select_layer_is_a_number():
     assert args.visual_select_layer == -3 and args.visual_encoder == "7"
 
 
+def test_attention_stays_transformers_own(monkeypatch):
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from xtuner.model.modules import dispatch
+
+    # As where flash-attn is installed.
+    monkeypatch.setattr(dispatch, "SUPPORT_FLASH2", True)
+    sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=16)
+    model = LlamaForCausalLM(LlamaConfig(**sizes))
+    dispatch.dispatch_modules(model)
+    assert "forward" not in vars(model.model.layers[0].self_attn)
+
+
 def test_ours_is_registered_where_a_model_is_imported_first(tmp_path):
     import subprocess
     import sys

@@ -169,6 +169,26 @@ def wrap_cpu_models_without_device_ids(distributed):
     wrapper.__init__ = __init__
 
 
+def look_for_unused_llava_layers(distributed):
+    """Lets LLaVA's vision tower train on several processes without DeepSpeed.
+
+    Repairs: xtuner 0.2.0 model/llava.py:337, which reads the tower's last layer but one, so that the last one's adapters
+    never have a gradient; DistributedDataParallel stops unless it is told to look. Needed until: none yet.
+    """
+    wrapper = distributed.MMDistributedDataParallel
+    original = wrapper.__init__
+
+    @functools.wraps(original)
+    def __init__(self, module, *args, **kwargs):
+        llava = sys.modules.get("xtuner.model.llava")
+        if llava is not None and isinstance(module, llava.LLaVAModel):
+            tower = module.visual_encoder
+            kwargs["find_unused_parameters"] = any(parameter.requires_grad for parameter in tower.parameters())
+        original(self, module, *args, **kwargs)
+
+    wrapper.__init__ = __init__
+
+
 def train_mixed_on_cpu(amp_optimizer_wrapper):
     """Lets `AmpOptimWrapper` train without an accelerator, in the precision that it is told.
 
@@ -479,6 +499,25 @@ def read_select_layer_as_number(argparse):
     argparse.ArgumentParser.add_argument = add_argument
 
 
+def leave_attention_to_transformers(dispatch):
+    """Keeps the attention that a model was built with, flash-attn's where the config asks for it.
+
+    Repairs: xtuner 0.2.0 model/modules/dispatch/__init__.py:182, which with flash-attn installed replaces attention by
+    copies made for transformers 4.48: they do not know transformers 5's cache, so that chats in training see one token.
+    Sequences split over GPUs need the copies. Needed until: none yet.
+    """
+    original = dispatch.dispatch_attn_forward
+
+    @functools.wraps(original)
+    def dispatch_attn_forward(model):
+        from xtuner.parallel.sequence import get_sequence_parallel_world_size
+
+        if get_sequence_parallel_world_size() > 1:
+            original(model)
+
+    dispatch.dispatch_attn_forward = dispatch_attn_forward
+
+
 def replace_cli(entry_point):
     """Puts our front door behind the stock `xtuner` command.
 
@@ -542,6 +581,34 @@ def train_one_dtype_under_zero3(deepspeed_strategy):
                 if parameter.requires_grad and parameter.is_floating_point() and not hasattr(parameter, "ds_id"):
                     parameter.data = parameter.data.to(dtype)
         return original(self, model)
+
+    strategy._wrap_model = _wrap_model
+
+
+def gather_mixers_under_zero3(deepspeed_strategy):
+    """Tells ZeRO-3 that a mixer reads its convolution's and norms' weights itself, which DeepSpeed learns in training alone.
+
+    A chat before the first iteration, which XTuner's hook holds, would meet empty weights. Not a repair of anything
+    upstream.
+    """
+    strategy = deepspeed_strategy.DeepSpeedStrategy
+    original = strategy._wrap_model
+
+    @functools.wraps(original)
+    def _wrap_model(self, model):
+        wrapped = original(self, model)
+        if self.config.get("zero_optimization", {}).get("stage") == 3:
+            import torch
+            from deepspeed.runtime.zero import register_external_parameter
+
+            from xtuner_ext.modeling import Mamba2Mixer
+
+            for mixer in (module for module in model.modules() if isinstance(module, Mamba2Mixer)):
+                for part in mixer.modules():
+                    for parameter in part.parameters(recurse=False):
+                        if part is not mixer and not isinstance(part, torch.nn.Linear):
+                            register_external_parameter(mixer, parameter)
+        return wrapped
 
     strategy._wrap_model = _wrap_model
 

@@ -553,3 +553,13 @@ def test_a_cast_to_bf16_leaves_frequencies_and_decays_in_fp32():
         mixer = model.model.layers[1].mixer
         assert mixer.A_log.dtype == mixer.dt_bias.dtype == torch.float32
         assert mixer.q_proj.weight.dtype == model.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_answers_from_embeddings_are_those_from_tokens(tiny_model):
+    """XTuner's LLaVA hands embeddings over, which hold pictures that no token stands for."""
+    model = tiny_model("full_attention", "linear_attention", "linear_attention")
+    ids = torch.randint(3, 80, (2, 7), generator=torch.Generator().manual_seed(0))
+    expected = model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False)[:, 7:]
+    embeds = model.get_input_embeddings()(ids)
+    found = model.generate(inputs_embeds=embeds, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    assert torch.equal(found, expected)
