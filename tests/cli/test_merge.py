@@ -1,5 +1,7 @@
 """`merge` of adapters and runs, and `convert merge` with XTuner's own arguments."""
 
+import json
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -84,7 +86,11 @@ def test_convert_merge_of_a_vision_tower(tmp_path):
         (["convert", "merge", "gone", "adapter", "out"], "gone is not a folder"),
         (["convert", "merge", "base", "empty", "out"], "empty has no adapter_config.json"),
         (["convert", "merge", "other", "adapter", "out", "--is-clip"], "other does not hold the weights of a CLIPVisionModel"),
-        (["convert", "merge", "own code", "adapter", "out"], "own code brings code of its own"),
+        (["convert", "merge", "own code", "adapter", "out"], "own code does not load"),
+        (["convert", "merge", "base", "adapter", "base"], "writing base would remove base, which is merged"),
+        (["merge", "adapter", "adapter", "--base", "base"], "writing adapter would remove adapter, which is merged"),
+        (["merge", "adapter", "out"], "adapter_config.json names gone, which does not exist, as its base model"),
+        (["merge", "damaged", "out", "--base", "base"], "adapter_model.bin is not a readable file of weights"),
     ],
 )
 def test_mistakes(llama, tmp_path, monkeypatch, capsys, argv, message):
@@ -93,9 +99,15 @@ def test_mistakes(llama, tmp_path, monkeypatch, capsys, argv, message):
         (tmp_path / name).mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
     (tmp_path / "own code" / "config.json").write_text('{"model_type": "x", "auto_map": {"AutoModel": "x.X"}}')
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    for name in ("adapter", "damaged"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": "gone"}))
+    (tmp_path / "damaged" / "adapter_model.bin").write_text("damaged")
+    before = sorted(tmp_path.rglob("*"))
     assert run(argv) == 2
     assert message in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_chat_takes_an_adapter_that_was_tuned_beside_its_model(adapter, student, internvl2, tmp_path, capsys):  # noqa: F811

@@ -14,6 +14,7 @@ from xtuner_ext.cli.config_options import load_config
 from xtuner_ext.convert import load_teacher
 from xtuner_ext.convert.export import logits_difference
 from xtuner_ext.distill.stages import read_checkpoint
+from xtuner_ext.distill.teacher_cache import weights_digest
 from xtuner_ext.finetune.lora import has_lora
 from xtuner_ext.modeling import HybridVLForCausalLM
 
@@ -78,6 +79,8 @@ def test_a_shipped_config_trains_converts_and_merges(train, internvl2, student, 
     assert main.run(["convert", "pth_to_hf", config, checkpoint, str(tmp_path / "adapter")]) == 0
     settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (settings["r"], settings["lora_alpha"], settings["lora_dropout"]) == (16, 32, 0.05)
+    digest = json.loads((tmp_path / "adapter" / "base_model.json").read_text())["weights_digest"]
+    assert digest == weights_digest(load_teacher(student if "student" in name else internvl2))
     for source in (tmp_path / "adapter", run_dir):
         assert main.run(["merge", str(source), str(tmp_path / "merged")]) == 0
     merged = HybridVLForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()

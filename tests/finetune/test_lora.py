@@ -100,6 +100,11 @@ def test_plain_peft_loads_the_adapter(build, student, tmp_path, options):
     [
         (dict(lora=dict(speech=dict(r=2))), "unknown key model.lora.speech"),
         (dict(lora=dict(dropout=0.1)), "model.lora names no part"),
+        (dict(lora=dict()), "model.lora names no part"),
+        (dict(lora=dict(language=16)), "model.lora.language is 16, expected a dict"),
+        (dict(lora=dict(language=dict(r=2, alpha=0))), "model.lora.language.alpha is 0, expected a number above 0"),
+        (dict(lora=dict(language=dict(r=2), dropout="x")), "model.lora.dropout is 'x'"),
+        (dict(freeze="vision"), "model.freeze is 'vision', expected a dict"),
         (dict(lora=dict(language=dict(r=0))), "model.lora.language.r is 0"),
         (dict(lora=dict(language=dict(alpha=4))), "model.lora.language.r is None"),
         (dict(lora=dict(language=dict(r=2, rank=2))), "unknown key model.lora.language.rank"),

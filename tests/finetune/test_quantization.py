@@ -61,6 +61,7 @@ def test_gradient_checkpointing_goes_with_it(build, student, batch):
 @pytest.mark.parametrize(
     "options, message",
     [
+        (dict(quantization=True), "model.quantization is True, expected a dict"),
         (dict(quantization=dict(bits=3)), "model.quantization.bits is 3, expected 4 or 8"),
         (dict(quantization=dict(type="int4")), "model.quantization.type is 'int4'"),
         (dict(quantization=dict(nf4=True)), "unknown key model.quantization.nf4"),

@@ -41,3 +41,22 @@ def test_short_runs_move(iterations):
 def test_a_ratio_outside_is_refused():
     with pytest.raises(UserError, match="warmup_ratio is 3"):
         rates(4, warmup_ratio=3)
+
+
+def test_a_run_that_became_longer_goes_on_along_its_new_curve():
+    def begin(iterations):
+        wrapper = OptimWrapper(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0))
+        return wrapper, WarmupCosineLR(wrapper, by_epoch=False, end=iterations, warmup_ratio=0.25)
+
+    (wrapper, short), (longer, scheduler) = begin(4), begin(8)
+    for _ in range(4):
+        wrapper.step()
+        short.step()
+    assert wrapper.param_groups[0]["lr"] == 0
+    scheduler.load_state_dict(short.state_dict())
+    found = []
+    for _ in range(4):
+        found.append(longer.param_groups[0]["lr"])
+        longer.step()
+        scheduler.step()
+    assert found == pytest.approx(rates(8, warmup_ratio=0.25)[4:])

@@ -50,12 +50,15 @@ def main(argv):
 
     path = find_config(args.config)
     config = load_config(path, args.cfg_options)
+    from mmengine.utils import get_object_from_string
     from xtuner.model import LLaVAModel
 
     from ..distill.base import HybridModel
 
-    # Reading the item makes a lazy config import the class.
+    # Reading the item makes a lazy config import the class; the config that a run wrote has its name.
     model_type = config.model["type"]
+    if isinstance(model_type, str):
+        model_type = get_object_from_string(model_type)
     if not (isinstance(model_type, type) and issubclass(model_type, (HybridModel, LLaVAModel))):
         return run_stock("convert pth_to_hf", argv[1:])
     refuse_foreign_folder(args.save_dir)

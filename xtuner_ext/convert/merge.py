@@ -70,7 +70,10 @@ def _adapter_weights(folder):
     path = folder / "adapter_model.bin"
     if not path.is_file():
         raise UserError(f"{folder} has neither {WEIGHTS_FILE} nor adapter_model.bin")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen types for a damaged file.
+        raise UserError(f"{path} is not a readable file of weights: {type(error).__name__}") from error
 
 
 def attach(model, config, state, where):
@@ -187,9 +190,12 @@ def merge_adapter(
     if layout not in LAYOUTS:
         raise UserError(f"--layout is {layout}, expected one of {', '.join(LAYOUTS)}")
     config, state, facts = read_adapter(adapter)
-    base = base or config.base_model_name_or_path
-    if not base:
-        raise UserError(f"{Path(adapter) / CONFIG_FILE} names no base model: give it with --base")
+    if base is None:
+        base = config.base_model_name_or_path
+        if not base or not resolve_folder(base).is_dir():
+            found = f"names {base}, which does not exist," if base else "names nothing"
+            raise UserError(f"{Path(adapter) / CONFIG_FILE} {found} as its base model: give the folder with --base")
+    refuse_inputs(out, resolve_folder(base), adapter)
     model = load_teacher(base, attn_implementation="sdpa")
     check_base(model, base, adapter, facts)
     stored = find_dtype(dtype) if dtype else model.lm_head.weight.dtype
@@ -204,6 +210,14 @@ def merge_adapter(
         recipe = {"kind": "supervised", "adapter": {key: raw.get(key) for key in RECIPE_KEYS}}
         write_model(merged, processor, out, base, stored, max_shard_size, recipe)
     return {"base": str(base), "difference": difference, "dtype": str(stored).removeprefix("torch.")}
+
+
+def refuse_inputs(out, *inputs):
+    """Raise UserError when writing a folder would remove one that is read."""
+    target = Path(out).resolve()
+    for folder in inputs:
+        if target in (Path(folder).resolve(), *Path(folder).resolve().parents):
+            raise UserError(f"writing {out} would remove {folder}, which is merged: choose another folder")
 
 
 def check_base(model, base, adapter, facts):
@@ -286,6 +300,7 @@ def merge_transformers(model_class, base, adapter, out, write_processor, probe, 
         UserError: For a base that does not load, an adapter that is empty or another model's, or a failed check.
     """
     config, state, _ = read_adapter(adapter)
+    refuse_inputs(out, base, adapter)
     try:
         model, info = model_class.from_pretrained(base, dtype="auto", output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError) as error:

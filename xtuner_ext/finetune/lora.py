@@ -11,7 +11,7 @@ from torch import nn
 
 from ..convert.merge import BASE_FILE, WEIGHTS_FILE, rename_targets
 from ..errors import UserError
-from .parts import LORA_PARTS, linear_layers
+from .parts import LORA_PARTS, as_dict, linear_layers
 
 ADAPTER = "default"
 PEFT_PREFIX = "base_model.model."
@@ -35,18 +35,18 @@ def lora_config(llm, lora, base=""):
     Raises:
         UserError: For an unknown key, a part without linear layers, an unknown target or a rank below 1.
     """
-    lora = dict(lora)
+    lora = as_dict(lora, "model.lora")
     dropout = lora.pop("dropout", 0.05)
     if unknown := sorted(set(lora) - set(LORA_PARTS)):
         raise UserError(f"unknown key model.lora.{unknown[0]}, expected one of {', '.join(LORA_PARTS)}, dropout")
     if not lora:
         raise UserError(f"model.lora names no part, expected one of {', '.join(LORA_PARTS)}")
-    if not 0 <= dropout < 1:
-        raise UserError(f"model.lora.dropout is {dropout}, expected at least 0 and less than 1")
+    if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+        raise UserError(f"model.lora.dropout is {dropout!r}, expected at least 0 and less than 1")
     targets, first, ranks, alphas = [], None, {}, {}
     # In this order, so that no pattern is for the language part, whose layers hold the mixers.
     for part in [part for part in LORA_PARTS if part in lora]:
-        rank, alpha, names = _part_options(llm, part, dict(lora[part]))
+        rank, alpha, names = _part_options(llm, part, as_dict(lora[part], f"model.lora.{part}"))
         targets += names
         first = first or (rank, alpha)
         pattern = _pattern(llm, part)
@@ -80,7 +80,9 @@ def _part_options(llm, part, options):
     rank = options.get("r")
     if not isinstance(rank, int) or rank < 1:
         raise UserError(f"{where}.r is {rank!r}, expected a rank of at least 1")
-    alpha = options.get("alpha") or 2 * rank
+    alpha = 2 * rank if options.get("alpha") is None else options["alpha"]
+    if not isinstance(alpha, (int, float)) or alpha <= 0:
+        raise UserError(f"{where}.alpha is {alpha!r}, expected a number above 0")
     linears = linear_layers(llm, part)
     if not linears:
         raise UserError(f"{where}: the model has no linear layer there")

@@ -69,14 +69,14 @@ class SupervisedModel(HybridModel):
             raise UserError(f"model.loss_reduction is {loss_reduction!r}, expected one of {', '.join(REDUCTIONS)}")
         self.loss_reduction, self.step_weight = loss_reduction, None
         self.base_digest = weights_digest(self.llm)
-        if lora or freeze:
-            freeze_parts(self.llm, freeze or {}, default=bool(lora))
+        if lora is not None or freeze is not None:
+            freeze_parts(self.llm, {} if freeze is None else freeze, default=lora is not None)
         # Before adapters make linear layers of their own.
         self.lora_config = None
-        if lora:
+        if lora is not None:
             base = llm.get("pretrained_model_name_or_path", "") if isinstance(llm, dict) else ""
             self.lora_config = lora_config(self.llm, lora, base)
-        self.quantization = quantise_language(self.llm, dict(quantization)) if quantization else None
+        self.quantization = None if quantization is None else quantise_language(self.llm, quantization)
         if self.lora_config is not None:
             # The same whatever random numbers a runner has drawn before.
             with torch.random.fork_rng():

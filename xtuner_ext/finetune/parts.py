@@ -11,6 +11,13 @@ LORA_PARTS = ("language", "mixers", "vision", "projector")
 PARTS = (*LORA_PARTS, "embeddings", "head")
 
 
+def as_dict(value, key):
+    """dict: A copy of a config's value; UserError naming its key where it is no dict."""
+    if not isinstance(value, dict):
+        raise UserError(f"{key} is {value!r}, expected a dict")
+    return dict(value)
+
+
 def part_of(llm, name):
     """Tell which part of a model a module or parameter belongs to.
 
@@ -62,7 +69,7 @@ def freeze_parts(llm, freeze, default):
         UserError: For an unknown key, a part that the model does not have, or a head that is the embedding and
             is to be treated otherwise.
     """
-    freeze = dict(freeze)
+    freeze = as_dict(freeze, "model.freeze")
     if unknown := sorted(set(freeze) - {*PARTS, "unfreeze_vit_layers"}):
         known = ", ".join((*PARTS, "unfreeze_vit_layers"))
         raise UserError(f"unknown key model.freeze.{unknown[0]}, expected one of {known}")

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..errors import UserError
-from .parts import linear_layers
+from .parts import as_dict, linear_layers
 
 # A head's worth of numbers: nothing is saved, and decays are sensitive.
 KEPT = ("dt_proj", "share_proj")
@@ -26,6 +26,7 @@ def quantise_language(llm, options):
     Raises:
         UserError: For an unknown option, a missing package, or a decoder without frozen linear layers.
     """
+    options = as_dict(options, "model.quantization")
     if unknown := sorted(set(options) - set(DEFAULTS)):
         raise UserError(f"unknown key model.quantization.{unknown[0]}, expected one of {', '.join(DEFAULTS)}")
     options = {**DEFAULTS, **options}

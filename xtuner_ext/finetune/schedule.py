@@ -18,6 +18,13 @@ class _WarmupCosine(_ParamScheduler):
         self.warmup = math.ceil(warmup_ratio * self.total)
         super().__init__(optimizer, param_name, begin=0, end=end + 1, **kwargs)
 
+    def load_state_dict(self, state_dict):
+        """Go on from a state; how long the run is remains this run's own, which may have become longer."""
+        own = {key: getattr(self, key) for key in ("count", "total", "warmup", "end")}
+        super().load_state_dict({**state_dict, **own})
+        for group, value in zip(self.optimizer.param_groups, self._get_value()):
+            group[self.param_name] = value
+
     def _get_value(self):
         done = self.last_step // self.count
         if done < self.warmup:

@@ -16,7 +16,9 @@ class SafeCheckpointHook(CheckpointHook):
     Files appear under their final name when they are complete (``compat.write_files_atomically``).
 
     What the model says of itself (``describe()``) is kept as ``meta["distill"]``, where the next stage
-    looks before it loads. Arguments are those of :class:`mmengine.hooks.CheckpointHook`.
+    looks before it loads. ``meta["step"]`` is what an optimizer step consisted of, which iterations are counted by.
+
+    Arguments are those of :class:`mmengine.hooks.CheckpointHook`.
     """
 
     def before_train(self, runner):
@@ -39,6 +41,13 @@ class SafeCheckpointHook(CheckpointHook):
                     f"the checkpoint in {runner.work_dir} was made with another {different[0]}: found "
                     f"{found.get(different[0])}, expected {ours[different[0]]}; choose another --work-dir"
                 )
+        was, now = checkpoint.get("meta", {}).get("step"), _step(runner)
+        if runner._resume and was and now and was != now:
+            raise UserError(
+                f"the checkpoint in {runner.work_dir} has optimizer steps of {was[0]} samples in {was[1]} iterations, "
+                f"this run of {now[0]} in {now[1]}: go on with as many processes and the same batch sizes, or choose "
+                "another --work-dir"
+            )
 
     def _save_checkpoint_with_step(self, runner, step, meta):
         name = self.filename_tmpl.format(step)
@@ -56,7 +65,7 @@ class SafeCheckpointHook(CheckpointHook):
             self.file_client_args,
             save_optimizer=self.save_optimizer,
             save_param_scheduler=self.save_param_scheduler,
-            meta={**meta, "distill": describe(runner.model)},
+            meta={**meta, "distill": describe(runner.model), "step": _step(runner)},
             by_epoch=self.by_epoch,
             backend_args=self.backend_args,
             **self.args,
@@ -71,6 +80,12 @@ class SafeCheckpointHook(CheckpointHook):
             elif self.file_backend.isdir(path):
                 # DeepSpeed's checkpoints are folders.
                 self.file_backend.rmtree(path)
+
+
+def _step(runner):
+    # Only where a config states the total do iterations follow from the number of processes.
+    total = runner.cfg.get("total_batch_size")
+    return None if total is None else [total, getattr(runner.train_loop, "count", None)]
 
 
 def describe(model):
