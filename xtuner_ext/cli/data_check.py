@@ -196,7 +196,7 @@ def print_report(report, args):
         _say(screen, f"{'all' if whole else 'the first'} bad lines are named in {place}")
     if not report["lost"]:
         within = bool(report["total"]["bad"])
-        _say(screen, "bad lines are within the limit" if within else "nothing would be lost in training")
+        _say(screen, "bad lines are within the limit" if within else "nothing would be lost in training, as far as headers tell")
 
 
 def _print_tokens(screen, report):
