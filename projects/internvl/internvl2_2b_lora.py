@@ -59,8 +59,10 @@ model = dict(
     type=SupervisedModel,
     llm=dict(type=load_teacher, pretrained_model_name_or_path=pretrained_model, dtype="bfloat16"),
     lora=dict(language=dict(r=lora_r, alpha=lora_alpha), dropout=lora_dropout),
-    # Of language, mixers, vision, projector, embeddings and head, those that train as a whole get False.
-    freeze=dict(language=True, vision=True, projector=True),
+    # What trains as a whole gets False; of the tower, its last layers may.
+    freeze=dict(
+        language=True, mixers=True, vision=True, projector=True, embeddings=True, head=True, unfreeze_vit_layers=0
+    ),
     quantization=None,  # internvl2_2b_qlora.py has four bits
     loss_reduction="token",
     use_activation_checkpointing=True,  # --grad_checkpoint

@@ -102,12 +102,20 @@ def test_mistakes(llama, tmp_path, monkeypatch, capsys, argv, message):
     settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     for name in ("adapter", "damaged"):
         (tmp_path / name).mkdir(exist_ok=True)
-        (tmp_path / name / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": "gone"}))
+        gone = {**settings, "base_model_name_or_path": "gone"}
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(gone))
     (tmp_path / "damaged" / "adapter_model.bin").write_text("damaged")
     before = sorted(tmp_path.rglob("*"))
     assert run(argv) == 2
     assert message in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("verb", ["merge a b", "convert merge a b c", "convert pth_to_hf a b c"])
+def test_the_size_of_a_file_has_a_unit(capsys, verb):
+    with pytest.raises(SystemExit, match="2"):
+        run([*verb.split(), "--max-shard-size", "2"])
+    assert "2 is no size such as 500MB or 2GB" in capsys.readouterr().err
 
 
 def test_chat_takes_an_adapter_that_was_tuned_beside_its_model(adapter, student, internvl2, tmp_path, capsys):  # noqa: F811

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 
 from ..errors import UserError
@@ -19,7 +20,7 @@ def parse_args(argv):
     parser.add_argument("pth_model", help="checkpoint file, or the folder that DeepSpeed wrote")
     parser.add_argument("save_dir", help="folder to write")
     parser.add_argument("--fp32", action="store_true", help="store fp32 instead of bf16")
-    parser.add_argument("--max-shard-size", default="2GB", help="largest weight file")
+    parser.add_argument("--max-shard-size", type=shard_size, default="2GB", help="largest weight file")
     parser.add_argument("--safe-serialization", action="store_true", help="accepted; safetensors is always written")
     parser.add_argument("--save-format", default="xtuner", choices=("xtuner", "official", "huggingface"))
     parser.add_argument("--cfg-options", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
@@ -145,6 +146,13 @@ def pth_to_hf(config, checkpoint, out, fp32=False, max_shard_size="2GB"):
         for name, tensor in state.items():
             parameters[name].copy_(tensor)
     model.to_hf(cfg=config, save_dir=out, fp32=fp32, save_pretrained_kwargs={"max_shard_size": max_shard_size})
+
+
+def shard_size(text):
+    """str: A number of bytes with its unit, as ``--max-shard-size`` takes it."""
+    if not re.fullmatch(r"[1-9]\d*[KMGT]B", text):
+        raise argparse.ArgumentTypeError(f"{text} is no size such as 500MB or 2GB")
+    return text
 
 
 def refuse_foreign_folder(folder):

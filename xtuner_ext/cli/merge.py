@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 from ..errors import UserError
+from .convert import pth_to_hf, refuse_foreign_folder, shard_size
 
 
 def parse_args(argv):
@@ -34,7 +35,7 @@ def parse_args(argv):
         help="merge into the numbers that the quantised layers computed with, instead of the base's full precision",
     )
     parser.add_argument("--torch-dtype", choices=("bfloat16", "float16", "float32"), help="default: the base's own")
-    parser.add_argument("--max-shard-size", default="2GB", help="largest weight file")
+    parser.add_argument("--max-shard-size", type=shard_size, default="2GB", help="largest weight file")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the base folder's own tokenizer code")
     return parser.parse_args(argv)
 
@@ -49,8 +50,6 @@ def main(argv):
         int: Exit status.
     """
     args = parse_args(argv)
-    from .convert import refuse_foreign_folder
-
     refuse_foreign_folder(args.output)
     if not os.path.isdir(args.input):
         raise UserError(f"{args.input} is not a folder, expected that of an adapter or of a training run")
@@ -101,7 +100,6 @@ def adapter_of_run(work_dir, out):
     from ..data.dataset import samples_config
     from ..distill.stages import find_previous_checkpoint
     from .config_options import load_config
-    from .convert import pth_to_hf
 
     # MMEngine keeps what each start of a run was given; DeepSpeed puts scripts of its own beside the checkpoints.
     configs = sorted(work_dir.glob("*/vis_data/config.py"))
@@ -137,14 +135,12 @@ def stock_merge(argv):
     parser.add_argument("model_name_or_path", help="folder of the base model")
     parser.add_argument("adapter_name_or_path", help="folder of the adapter")
     parser.add_argument("save_dir", help="folder to write")
-    parser.add_argument("--max-shard-size", default="2GB", help="largest weight file")
+    parser.add_argument("--max-shard-size", type=shard_size, default="2GB", help="largest weight file")
     parser.add_argument("--is-clip", action="store_true", help="the base is a CLIP vision tower")
     parser.add_argument("--safe-serialization", action="store_true", help="accepted; safetensors is always written")
     parser.add_argument("--device", default="cpu", choices=("cuda", "cpu", "npu", "auto"), help="ignored: a CPU merges")
     parser.add_argument("--trust-remote-code", action="store_true", help="accepted; as XTuner's, this verb does so")
     args = parser.parse_args(argv)
-    from .convert import refuse_foreign_folder
-
     for folder in (args.model_name_or_path, args.adapter_name_or_path):
         if not os.path.isdir(folder):
             raise UserError(f"{folder} is not a folder, expected one of a model and one of its adapter")
