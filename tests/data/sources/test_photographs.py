@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from xtuner_ext.data.annotation import JsonlAnnotations, read_meta
+from xtuner_ext.data.annotation import JsonlAnnotations
+from xtuner_ext.data.meta import read_meta
 from xtuner_ext.data.sources.photographs import CIRCLE, PHOTOGRAPHS, make_photographs
 from xtuner_ext.errors import UserError
 
