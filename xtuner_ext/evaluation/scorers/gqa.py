@@ -26,9 +26,9 @@ def score(rows, mode="robust", strict=False, consistency=False):
     """Score GQA.
 
     Args:
-        rows (list[dict]): Result rows; meta may hold ``types``, ``groups``, ``semantic``, ``entailed``,
-            ``isBalanced``, ``valid`` and ``plausible`` of the official files, and what depends on them is left out
-            where it does not. ``question`` is the question without a prompt.
+        rows (list[dict]): Result rows; meta may hold ``question`` (without a prompt), ``types``, ``groups``,
+            ``semantic``, ``entailed``, ``isBalanced``, ``valid`` and ``plausible`` of the official files, and what
+            depends on them is left out where it does not.
         mode (str): ``reference`` or ``robust``.
         strict (bool): Raise when an answer is missing, as the official program does; it is wrong otherwise.
         consistency (bool): Whether entailed questions, which are rows too, are looked at.
@@ -59,7 +59,7 @@ def score(rows, mode="robust", strict=False, consistency=False):
         "structural": by_name(structural, values),
         "semantic": by_name([meta.get("types", {}).get("semantic") for meta in metas], values),
         "steps": by_name([_steps(meta) for meta in metas], values),
-        "words": by_name([len(row["question"].split()) for row, _, _ in kept], values) if any(structural) else {},
+        "words": by_name([_words(meta) for meta in metas], values),
     }
     return report(mode, rows, marks, "accuracy", scores, by, balanced=len(kept))
 
@@ -70,6 +70,10 @@ def _steps(meta):
         return None
     steps = (f"{step['operation']}: {step['argument']}" for step in meta["semantic"])
     return sum(not any(last in step for last in _LAST_STEPS) for step in steps)
+
+
+def _words(meta):
+    return len(meta["question"].split()) if "question" in meta else None
 
 
 def _belongs(parsed, group, meta):
