@@ -68,13 +68,11 @@ def _part(folder, part, prompt, lines, official, answers):
         item = {**(more or known.get(key) or {}), **item}
         text = item["text"] if "text" in item else f"{take(item, where, 'question', 'query')} {prompt}"
         gold = next((item[name] for name in ("answers", "answer", "label") if item.get(name) is not None), None)
-        number = key if key is not None and key not in seen else f"{key}#{where.rsplit(':', 1)[-1]}"
+        line = int(where.rsplit(":", 1)[-1])
+        number = line if key is None else f"{key}#{line}" if key in seen else key
         seen.add(key)
-        name = _image(item, where, part)
-        image = folder.image(name, part.images, where)
-        meta = {to: item[key] for key, to in META.items() if key in item}
-        if name != number:
-            meta["image"] = image.name
+        image = folder.image(_image(item, where, part), part.images, where)
+        meta = {to: item[key] for key, to in META.items() if key in item} | {"image": image.name}
         found.append(question(number, f"<image>\n{text}", [image], _answers(gold), where, part.category, **meta))
     return found
 
@@ -110,12 +108,17 @@ def _known(path):
 
 def _image(item, where, part):
     name = take(item, where, "image", "image_local_name", "imgname", "image_id")
-    return name if "image" in item else part.image.format(name)
+    if "image_id" not in item or name != item["image_id"]:
+        return name
+    try:
+        return part.image.format(name)
+    except ValueError as error:
+        raise UserError(f"{where}: image_id is {name!r}, expected a whole number") from error
 
 
 def _answers(gold):
     """list[str] | None: Texts, of texts or of objects with an ``answer``."""
-    if gold is None:
+    if gold is None or gold == "":
         return None
     gold = gold if isinstance(gold, list) else [gold]
     return [str(one["answer"] if isinstance(one, dict) else one) for one in gold]

@@ -15,7 +15,8 @@ _SAID = re.compile(r"(?i)(?:correct\s+)?answer\s+is\s+\**([ABCD])\**")
 _ALONE = re.compile(r"^\W*([A-Za-z])\W*$", re.ASCII)
 _LEADING = re.compile(r"^\s*[(\[*]*([A-Z])[)\].:,*]")
 _NAMED = re.compile(r"(?i:answer|option|choice|choose|select)\s*(?i:is|:)?\s*[(\[*]*([A-Z])(?!\w)")
-_TOKEN = re.compile(r"(?<!\w)([A-Z])(?!\w)(?!')")
+# "A dog" and "I see" are words; "A or B" are letters.
+_TOKEN = re.compile(r"(?<!\w)(?!A\s+(?!or\b|and\b)[a-z])(?!I\s+[a-z])([A-Z])(?!\w)(?!['’])")
 
 
 def vlmevalkit(text, options, year=2025):
@@ -104,7 +105,7 @@ def strict_letter(text, options):
     """The letter that an answer means; never a guess.
 
     In turn: the letter alone, in either case; a letter in front with a bracket, stop, colon or comma; the last that
-    is called answer, option or choice; the only one that stands alone, where "A" and "I" within a sentence are words;
+    is called answer, option or choice; the only one that stands alone, but for "A" and "I" as words;
     the only option whose whole text is said, the longest where one is part of another.
 
     Args:
@@ -122,8 +123,6 @@ def strict_letter(text, options):
     if named := [letter for letter in _NAMED.findall(text) if letter in options]:
         return named[-1]
     alone = {letter for letter in _TOKEN.findall(text) if letter in options}
-    if len(text.split()) > 2:
-        alone -= {"A", "I"}
     if len(alone) == 1:
         return alone.pop()
     return _said_option(text, options) if not alone else None
