@@ -77,7 +77,9 @@ def test_chartqa_is_relaxed(text, gold, reference, robust):
 
 
 def test_chartqa_mean_over_both_kinds():
-    rows = numbered(*(row(text, "7", category=c) for text, c in (("7", "human"), ("7", "augmented"), ("8", "augmented"))))
+    rows = numbered(
+        *(row(text, "7", category=c) for text, c in (("7", "human"), ("7", "augmented"), ("8", "augmented")))
+    )
     assert chartqa.score(rows)["scores"] == {"accuracy": 2 / 3 * 100, "mean": 75.0}
 
 
@@ -108,6 +110,8 @@ def test_document_scores_by_type():
     assert report["by"]["evidence"] == {"Map": {"accuracy": 100.0, "count": 1}, "Text": {"accuracy": 50.0, "count": 2}}
 
 
-@pytest.mark.parametrize(("one", "other", "count"), [("", "", 0), ("", "abc", 3), ("kitten", "sitting", 3), ("ab", "ba", 2)])
+@pytest.mark.parametrize(
+    ("one", "other", "count"), [("", "", 0), ("", "abc", 3), ("kitten", "sitting", 3), ("ab", "ba", 2)]
+)
 def test_edits(one, other, count):
     assert anls.edits(one, other) == anls.edits(other, one) == count

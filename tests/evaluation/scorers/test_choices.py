@@ -30,7 +30,10 @@ def test_xtuner_and_vlmevalkit_read_letters_differently():
     rows = [_mmbench(1, "Answer: B", "B"), _mmbench(2, "AB", "A")]
     scores = mmbench.score(rows, "reference")["scores"]
     assert scores == {
-        "circular": 50.0, "vanilla": 50.0, "circular (XTuner's letters)": 0.0, "vanilla (XTuner's letters)": 0.0,
+        "circular": 50.0,
+        "vanilla": 50.0,
+        "circular (XTuner's letters)": 0.0,
+        "vanilla (XTuner's letters)": 0.0,
     }
     assert "circular (XTuner's letters)" not in mmbench.score(rows)["scores"]
 

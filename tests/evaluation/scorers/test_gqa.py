@@ -9,7 +9,10 @@ from xtuner_ext.evaluation.scorers.common import MODES
 
 def _question(number, text, gold, structural="query", group=None, steps=1, **more):
     return row(
-        text, gold, number, structural,
+        text,
+        gold,
+        number,
+        structural,
         question="what is it",
         types={"structural": structural, "semantic": "obj", "detailed": "categoryThis"},
         groups={"global": group, "local": "x"},
@@ -40,7 +43,8 @@ def test_five_questions_by_hand(mode):
     assert scores["consistency"] == 0.0
     assert ("validity" in scores) is (mode == "reference")
     assert report["by"]["structural"] == {
-        "query": {"accuracy": 2 / 3 * 100, "count": 3}, "verify": {"accuracy": 50.0, "count": 2},
+        "query": {"accuracy": 2 / 3 * 100, "count": 3},
+        "verify": {"accuracy": 50.0, "count": 2},
     }
     assert {name: part["count"] for name, part in report["by"]["steps"].items()} == {"1": 4, "2": 1}
     assert report["by"]["words"] == {"3": {"accuracy": pytest.approx(60.0), "count": 5}}

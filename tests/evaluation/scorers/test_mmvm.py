@@ -60,7 +60,13 @@ def test_a_case_counts_in_every_type():
 
 @pytest.mark.parametrize(
     ("text", "reference", "robust"),
-    [("12", True, True), (" 12\n", True, True), ("The object is 12.", False, True), ("12 or 3", False, False), ("", False, False)],
+    [
+        ("12", True, True),
+        (" 12\n", True, True),
+        ("The object is 12.", False, True),
+        ("12 or 3", False, False),
+        ("", False, False),
+    ],
 )
 def test_numbers(text, reference, robust):
     rows = [row(text, "12", match_type="[2]")]

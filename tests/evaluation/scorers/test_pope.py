@@ -23,8 +23,12 @@ def test_measures_by_category_and_in_all():
         report = pope.score(rows, mode)
         a, b = report["by"]["category"]["a"], report["by"]["category"]["b"]
         assert a == {
-            "f1": pytest.approx(200 / 3), "accuracy": 60.0, "precision": pytest.approx(200 / 3),
-            "recall": pytest.approx(200 / 3), "yes_ratio": 60.0, "count": 5,
+            "f1": pytest.approx(200 / 3),
+            "accuracy": 60.0,
+            "precision": pytest.approx(200 / 3),
+            "recall": pytest.approx(200 / 3),
+            "yes_ratio": 60.0,
+            "count": 5,
         }
         assert (b["f1"], b["accuracy"]) == (100.0, 100.0)
         assert report["scores"]["macro_f1"] == pytest.approx((200 / 3 + 100) / 2)

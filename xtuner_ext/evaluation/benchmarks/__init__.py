@@ -14,8 +14,24 @@ from .seed import SEED
 from .vqa import CHARTQA, DOCVQA, INFOVQA, OKVQA, TEXTVQA, VIZWIZ, VQAV2
 
 _ALL = (
-    GQA, POPE, MME, MMBENCH, CCBENCH, SEED, SCIENCEQA, VQAV2, TEXTVQA, OKVQA, VIZWIZ, CHARTQA, DOCVQA, INFOVQA, CAPTION,
-    REFCOCO, MMVM, MMVM_NUMBER,
+    GQA,
+    POPE,
+    MME,
+    MMBENCH,
+    CCBENCH,
+    SEED,
+    SCIENCEQA,
+    VQAV2,
+    TEXTVQA,
+    OKVQA,
+    VIZWIZ,
+    CHARTQA,
+    DOCVQA,
+    INFOVQA,
+    CAPTION,
+    REFCOCO,
+    MMVM,
+    MMVM_NUMBER,
 )
 BENCHMARKS = {benchmark.name: benchmark for benchmark in _ALL}
 

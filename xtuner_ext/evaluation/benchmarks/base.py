@@ -54,12 +54,20 @@ class Benchmark:
             ``where``, ``meta``. A result row takes over ``id``, ``gold``, ``category`` and, in its own meta, ``meta``.
 
         Raises:
-            UserError: For an unknown split, a missing file, or a broken one.
+            UserError: For an unknown split, a missing file, one that is not in the benchmark's format, or no question.
         """
         split = self.splits[0] if split is None else split
         if split not in self.splits:
             raise UserError(f"{self.name} has no split {split!r}, expected one of {', '.join(self.splits)}")
-        questions = self.reader(Folder(self.name, data, self.subfolders, self.files), split)
+        folder = Folder(self.name, data, self.subfolders, self.files)
+        try:
+            questions = self.reader(folder, split)
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+            # Valid JSON of another form: what it lacks is all that can be said.
+            problem = f"{type(error).__name__}: {error}"
+            raise UserError(f"{data} is not in the format of {self.name}, split {split} ({problem})") from error
+        if not questions:
+            raise UserError(f"{data} has no question of {self.name}, split {split}")
         seen = {}
         for question in questions:
             if (other := seen.setdefault(str(question["id"]), question)) is not question:
@@ -88,14 +96,17 @@ class Benchmark:
             found[key] = row
         return [found.get(str(question["id"])) or _unanswered(question) for question in questions]
 
-    def mark(self, rows, mode="robust"):
+    def mark(self, rows, mode="robust", **options):
         """list[dict]: The rows with ``parsed`` and ``correct`` (True, False, or a share) as this scorer has them."""
-        marks = self.marker(rows, mode)
+        marks = self.marker(rows, mode, **options)
         return [{**row, "parsed": parsed, "correct": correct} for row, (parsed, correct) in zip(rows, marks)]
 
-    def score(self, rows, mode="robust", strict=False):
-        """dict: The report on joined rows, see :func:`xtuner_ext.evaluation.scorers.common.report`."""
-        return self.scorer(rows, mode, strict)
+    def score(self, rows, mode="robust", strict=False, **options):
+        """dict: The report on joined rows, see :func:`xtuner_ext.evaluation.scorers.common.report`.
+
+        Options are the scorer's own: ``consistency`` of GQA, ``box_format`` of RefCOCO (of :meth:`mark` as well).
+        """
+        return self.scorer(rows, mode, strict, **options)
 
     def submission(self, rows, path, split=None):
         """Write what the benchmark's server takes.

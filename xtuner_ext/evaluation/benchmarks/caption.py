@@ -56,7 +56,9 @@ def _captions(content):
 def _image_id(name, where):
     number = name.rsplit("_", 1)[-1].removesuffix(".jpg")
     if not number.isdecimal():
-        raise UserError(f"{where}: image {name!r} has no number at its end, expected one as in COCO_val2014_000000391895.jpg")
+        raise UserError(
+            f"{where}: image {name!r} has no number at its end, expected one as in COCO_val2014_000000391895.jpg"
+        )
     return int(number)
 
 

@@ -95,7 +95,9 @@ class Folder:
         tries += [place / folder / tail for tail in tails for folder in (*folders, "") for place in self.places]
         found = next((file for file in tries if file.is_file()), None)
         if found is None:
-            raise UserError(f"{where}: image {name} of {self.name} is not below {self.root}; expected {self._listing()}")
+            raise UserError(
+                f"{where}: image {name} of {self.name} is not below {self.root}; expected {self._listing()}"
+            )
         self._folders[path.parent, folders] = found.parent
         return found
 

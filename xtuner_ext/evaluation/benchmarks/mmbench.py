@@ -42,7 +42,9 @@ def _read(folder, split, files):
         meta |= {"options": options, "index": int(row["index"])}
         meta["table"] = {name: cell for name, cell in row.items() if name not in DROPPED}
         category = row.get("category") or "all"
-        found.append(question(int(row["index"]), f"<image>\n{text}", [image], row.get("answer"), where, category, **meta))
+        found.append(
+            question(int(row["index"]), f"<image>\n{text}", [image], row.get("answer"), where, category, **meta)
+        )
     return found
 
 
@@ -85,8 +87,8 @@ def _benchmark(name, files, subfolders):
         settings={"max_new_tokens": 100, "min_new_tokens": 1, "max_tiles": 6},
         files=(
             *(f"{' or '.join(names)} (split {split})" for split, names in files.items()),
-            "any other TSV with the columns index, question, A, B, perhaps more options, hint, answer and category, and "
-            "image (base64, or the index of another row) or image_path, named as the file itself",
+            "any other TSV with the columns index, question, A, B, perhaps more options, hint, answer and category, "
+            "and image (base64, or the index of another row) or image_path, named as the file itself",
         ),
         splits=tuple(files),
         subfolders=subfolders,

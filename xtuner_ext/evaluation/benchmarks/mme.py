@@ -38,7 +38,9 @@ def _task(folder, path, root):
         if line.strip():
             where, cells = f"{path}:{number}", line.strip().split("\t")
             if len(cells) not in (3, 4):
-                raise UserError(f"{where}: has {len(cells)} cells, expected image, question and answer with tabs between")
+                raise UserError(
+                    f"{where}: has {len(cells)} cells, expected image, question and answer with tabs between"
+                )
             image = folder.image(f"{path.stem}/{cells[0]}", (RELEASE, f"../{RELEASE}"), where)
             found.append(_question(path.stem, cells[0], *cells[1:3], where, image))
     if not found:
@@ -57,7 +59,9 @@ def _release(task):
             if line.strip():
                 cells, where = line.strip().split("\t"), f"{path}:{number}"
                 if len(cells) != 2 or path.stem not in pictures:
-                    raise UserError(f"{where}: expected question and answer with a tab between, and an image {path.stem}")
+                    raise UserError(
+                        f"{where}: expected question and answer with a tab between, and an image {path.stem}"
+                    )
                 found.append((pictures[path.stem], cells[0], folder + pictures[path.stem], cells[1], where))
     return found
 

@@ -11,7 +11,6 @@ from .files import decode_image, read_table
 TABLES = ("mllm_match_eval_full.tsv",)
 NUMBER_TABLES = ("MMVMBench.tsv",)
 IMAGES = ("", "match_bench")
-LONGEST_PATH = 512  # characters; a longer cell is an image
 
 
 def _read(folder, split):
@@ -32,7 +31,9 @@ def _read(folder, split):
 def _read_numbers(folder, split):
     path = folder.file or folder.need(*NUMBER_TABLES)
     rows = read_table(path, ("index", "question", "answer", "match_type"))
-    return [_question(folder, where, row, row.get("image") or row.get("image_path"), row["question"]) for where, row in rows]
+    return [
+        _question(folder, where, row, row.get("image") or row.get("image_path"), row["question"]) for where, row in rows
+    ]
 
 
 def _question(folder, where, row, images, text, **meta):
@@ -58,9 +59,8 @@ def _names(cell, where):
 
 
 def _image(folder, name, where):
-    if len(name) > LONGEST_PATH:
-        return decode_image(name, where)
-    return folder.image(name, IMAGES, where)
+    # Base64 has no full stop.
+    return folder.image(name, IMAGES, where) if "." in name else decode_image(name, where)
 
 
 SETTINGS = {"max_new_tokens": 1024, "min_new_tokens": 1, "max_tiles": 6}

@@ -24,8 +24,9 @@ def _read(folder, split):
         path = folder.need(f"coco/coco_pope_{name}.json", f"coco_pope_{name}.json")
         for where, item in read_lines(path):
             key = name, take(item, where, "image"), take(item, where, "text").strip()
-            if labels.setdefault(key, item["label"]) != take(item, where, "label"):
-                raise UserError(f"{where}: label is {item['label']!r}, an earlier line on the same has the other one")
+            label = take(item, where, "label")
+            if labels.setdefault(key, label) != label:
+                raise UserError(f"{where}: label is {label!r}, an earlier line on the same has the other one")
     return [_line(folder, where, item, labels) for where, item in items]
 
 

@@ -84,7 +84,7 @@ SEED = Benchmark(
     scorer=scorer.score,
     settings={"max_new_tokens": 100, "min_new_tokens": 1, "max_tiles": 6},
     files=(
-        "seed.jsonl (InternVL), llava-seed-bench.jsonl or llava-seed-bench-image.jsonl (LLaVA), or SEED-Bench.json alone",
+        "seed.jsonl (InternVL), llava-seed-bench.jsonl or llava-seed-bench-image.jsonl (LLaVA), or SEED-Bench.json",
         "SEED-Bench.json (official), for answers and question types",
         "SEED-Bench-image/ with the images",
         "for split all: SEED-Bench-video-image/ with one frame of each video, as LLaVA's lines name them",

@@ -1,7 +1,7 @@
 """Questions with short answers: VQAv2, OKVQA, TextVQA, VizWiz, ChartQA, DocVQA and InfographicVQA.
 
-All of them come as lines of questions (InternVL's and LLaVA's), as the authors' own JSON, or as both, where the lines ask
-and the JSON has the answers.
+All of them come as lines of questions (InternVL's and LLaVA's), as the authors' own JSON, or as both, where the lines
+ask and the JSON has the answers.
 """
 
 import dataclasses
@@ -64,8 +64,9 @@ def _part(folder, part, prompt, lines, official, answers):
         words = item.get("question", item.get("query"))
         # LLaVA's lines of TextVQA have the image where the id belongs.
         asked = item.get("text", "").split("\n")
-        more = next((known[k] for k in ((key, a.lower()) for a in [words or "", *asked]) if k in known), None)
-        item = {**(more or known.get(key) or {}), **item}
+        pairs = ((name, line.lower()) for name in (key, item.get("image")) for line in [words or "", *asked])
+        same = next((known[pair] for pair in pairs if pair in known), {})
+        item = {**same, **known.get(key, {}), **item}
         text = item["text"] if "text" in item else f"{take(item, where, 'question', 'query')} {prompt}"
         gold = next((item[name] for name in ("answers", "answer", "label") if item.get(name) is not None), None)
         line = int(where.rsplit(":", 1)[-1])
@@ -167,36 +168,55 @@ VQAV2 = _benchmark(
     {
         "val": [
             Files(
-                ("vqav2_val.jsonl",), (_VQA_QUESTIONS.format("val2014"),), ("v2_mscoco_val2014_annotations.json",),
-                _COCO["val2014"], "COCO_val2014_{:012d}.jpg",
+                ("vqav2_val.jsonl",),
+                (_VQA_QUESTIONS.format("val2014"),),
+                ("v2_mscoco_val2014_annotations.json",),
+                _COCO["val2014"],
+                "COCO_val2014_{:012d}.jpg",
             )
         ],
         "test-dev": [
             Files(
                 ("vqav2_testdev.jsonl", "llava_vqav2_mscoco_test-dev2015.jsonl"),
-                (_VQA_QUESTIONS.format("test-dev2015"),), (), _COCO["test2015"], "COCO_test2015_{:012d}.jpg",
+                (_VQA_QUESTIONS.format("test-dev2015"),),
+                (),
+                _COCO["test2015"],
+                "COCO_test2015_{:012d}.jpg",
             )
         ],
         "test": [
             Files(
-                ("llava_vqav2_mscoco_test2015.jsonl",), (_VQA_QUESTIONS.format("test2015"),), (), _COCO["test2015"],
+                ("llava_vqav2_mscoco_test2015.jsonl",),
+                (_VQA_QUESTIONS.format("test2015"),),
+                (),
+                _COCO["test2015"],
                 "COCO_test2015_{:012d}.jpg",
             )
         ],
     },
-    scorer, ("vqav2",), 10, 6, upload=_evalai,
+    scorer,
+    ("vqav2",),
+    10,
+    6,
+    upload=_evalai,
 )
 OKVQA = _benchmark(
     "okvqa",
     {
         "val": [
             Files(
-                ("okvqa_val.jsonl",), ("OpenEnded_mscoco_val2014_questions.json",), ("mscoco_val2014_annotations.json",),
-                _COCO["val2014"], "COCO_val2014_{:012d}.jpg",
+                ("okvqa_val.jsonl",),
+                ("OpenEnded_mscoco_val2014_questions.json",),
+                ("mscoco_val2014_annotations.json",),
+                _COCO["val2014"],
+                "COCO_val2014_{:012d}.jpg",
             )
         ]
     },
-    scorer, ("okvqa",), 10, 6,
+    scorer,
+    ("okvqa",),
+    10,
+    6,
 )
 _TEXTVQA_IMAGES = ("train_images", "train_val_images")
 TEXTVQA = _benchmark(
@@ -204,18 +224,27 @@ TEXTVQA = _benchmark(
     {
         "val": [
             Files(
-                ("textvqa_val.jsonl",), ("TextVQA_0.5.1_val.json",), ("textvqa_val_annotations.json",
-                 "TextVQA_0.5.1_val.json"), _TEXTVQA_IMAGES, "{}.jpg",
+                ("textvqa_val.jsonl",),
+                ("TextVQA_0.5.1_val.json",),
+                ("textvqa_val_annotations.json", "TextVQA_0.5.1_val.json"),
+                _TEXTVQA_IMAGES,
+                "{}.jpg",
             )
         ],
         "val_ocr": [
             Files(
-                ("textvqa_val_llava.jsonl", "llava_textvqa_val_v051_ocr.jsonl"), (), ("textvqa_val_annotations.json",
-                 "TextVQA_0.5.1_val.json"), _TEXTVQA_IMAGES, "{}.jpg",
+                ("textvqa_val_llava.jsonl", "llava_textvqa_val_v051_ocr.jsonl"),
+                (),
+                ("textvqa_val_annotations.json", "TextVQA_0.5.1_val.json"),
+                _TEXTVQA_IMAGES,
+                "{}.jpg",
             )
         ],
     },
-    scorer, ("textvqa",), 10, 6,
+    scorer,
+    ("textvqa",),
+    10,
+    6,
 )
 VIZWIZ = _benchmark(
     "vizwiz",
@@ -223,20 +252,31 @@ VIZWIZ = _benchmark(
         "val": [Files(("vizwiz_val.jsonl",), ("val.json",), ("vizwiz_val_annotations.json", "val.json"), ("val",))],
         "test": [Files(("vizwiz_test.jsonl", "llava_test.jsonl"), ("test.json",), (), ("test",))],
     },
-    scorer, ("vizwiz",), 10, 6, UNANSWERABLE, _vizwiz,
+    scorer,
+    ("vizwiz",),
+    10,
+    6,
+    UNANSWERABLE,
+    _vizwiz,
 )
 CHARTQA = _benchmark(
     "chartqa",
     {
         "test": [
             Files(
-                (f"test_{kind}.jsonl",), (f"test_{kind}.json", f"test/test_{kind}.json"), (),
-                ("test/png", "png", "ChartQA Dataset/test/png"), category=kind,
+                (f"test_{kind}.jsonl",),
+                (f"test_{kind}.json", f"test/test_{kind}.json"),
+                (),
+                ("test/png", "png", "ChartQA Dataset/test/png"),
+                category=kind,
             )
             for kind in ("human", "augmented")
         ]
     },
-    chartqa, ("chartqa",), 100, 12,
+    chartqa,
+    ("chartqa",),
+    100,
+    12,
 )
 DOCVQA = _benchmark(
     "docvqa",
@@ -244,7 +284,11 @@ DOCVQA = _benchmark(
         "val": [Files(("val.jsonl",), ("val/val_v1.0.json", "val_v1.0.json", "val_v1.0_withQT.json"), (), ("val",))],
         "test": [Files(("test.jsonl",), ("test/test_v1.0.json", "test_v1.0.json"), (), ("test",))],
     },
-    anls, ("docvqa",), 100, 18, upload=_docvqa,
+    anls,
+    ("docvqa",),
+    100,
+    18,
+    upload=_docvqa,
 )
 _INFOVQA_IMAGES = ("infographicsvqa_images", "images")
 INFOVQA = _benchmark(
@@ -253,5 +297,9 @@ INFOVQA = _benchmark(
         "val": [Files(("val.jsonl",), ("infographicsVQA_val_v1.0_withQT.json",), (), _INFOVQA_IMAGES)],
         "test": [Files(("test.jsonl",), ("infographicsVQA_test_v1.0.json",), (), _INFOVQA_IMAGES)],
     },
-    anls, ("infographicsvqa", "infovqa"), 100, 24, upload=_docvqa,
+    anls,
+    ("infographicsvqa", "infovqa"),
+    100,
+    24,
+    upload=_docvqa,
 )

@@ -1,8 +1,8 @@
 """COCO captions: CIDEr and, where pycocoevalcap can be imported, BLEU, ROUGE-L, METEOR and SPICE.
 
-``reference`` is pycocoevalcap's own way, whose tokenizer of the Penn Treebank, METEOR and SPICE are Java programs; where
-package or Java is not there, and always in ``robust``, captions are split into words without them, and every score so
-made says so in its name, as its value is another one. CIDEr itself never needs Java.
+``reference`` is pycocoevalcap's own way, whose tokenizer of the Penn Treebank, METEOR and SPICE are Java programs;
+where package or Java is not there, and always in ``robust``, captions are split into words without them, and every
+score so made says so in its name, as its value is another one. CIDEr itself never needs Java.
 """
 
 import importlib.util

@@ -79,6 +79,6 @@ def _images(group, mode):
     if mode == "reference":
         return [right[start : start + 2] for start in range(0, len(right), 2)]
     images = {}
-    for (row, _, correct) in group:
+    for row, _, correct in group:
         images.setdefault(row["meta"]["image"], []).append(correct)
     return list(images.values())

@@ -8,9 +8,10 @@ _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 # The server means "no digit before", but says "no '<=' and digit here", so that this drops every stop before no digit.
 _STOP = re.compile(r"\.(?!\d)")
 _STOPS_DROPPED = 32  # the server passes a flag, whose value is 32, where the number of replacements belongs
-_NUMBERS = {"none": "0", **{word: str(n) for n, word in enumerate(
-    "zero one two three four five six seven eight nine ten".split()
-)}}
+_NUMBERS = {
+    "none": "0",
+    **{word: str(n) for n, word in enumerate("zero one two three four five six seven eight nine ten".split())},
+}
 _ARTICLES = {"a", "an", "the"}
 _CONTRACTIONS = dict(
     pair.split(":")
