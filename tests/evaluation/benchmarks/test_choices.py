@@ -132,6 +132,8 @@ def test_seed(tmp_path, layout):
     assert prompt(questions[0]) == f"<image>\n{ASKED}" and questions[0]["category"] == "Scene Understanding"
     report = bench.score(rows, "reference")
     assert report["scores"]["image"] == 2 / 3 * 100 and report["by"]["type"]["Instance Identity"]["accuracy"] == 0.0
+    for file in (*root.glob("*.jsonl"), *root.glob("SEED*.json")):
+        assert [one["gold"] for one in bench.read(file)] == ["A", "B", "C"]
     bench, _, rows = answer("seed", tmp_path, ["A", "A", "D", "D"], "all")
     assert bench.score(rows)["scores"] == {"total": 50.0, "image": 1 / 3 * 100, "video": 100.0}
     bench.submission(rows, tmp_path / "up.jsonl")

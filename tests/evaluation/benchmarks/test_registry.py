@@ -99,7 +99,10 @@ def test_only_some_benchmarks_have_a_server(pope, tmp_path):
         ("{", r"my.jsonl:1: malformed JSON"),
         ("3", r"my.jsonl:1: is int, expected a JSON object"),
         ("\n", "my.jsonl is empty"),
-        ('{"question_id": 1}', r"my.jsonl:1: has no 'text' or 'question', it has 'question_id'"),
+        (
+            '{"question_id": 1, "label": "no"}',
+            r"my.jsonl:1: has no 'text' or 'question', it has 'label', 'question_id'",
+        ),
         (
             '{"question_id": 1, "text": "?", "image": "b.jpg", "label": "no"}',
             r"my.jsonl:1: image b.jpg of pope is not below",

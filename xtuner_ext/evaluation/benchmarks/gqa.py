@@ -20,7 +20,7 @@ TIERS = {"testdev": ("testdev_balanced",), "val": ("val_balanced", "val"), "val_
 
 def _read(folder, split):
     tiers = TIERS[split]
-    official = None if folder.file else folder.find(*(f"{p}{tier}_questions.json" for tier in tiers for p in QUESTIONS))
+    official = folder.find(*(f"{prefix}{tier}_questions.json" for tier in tiers for prefix in QUESTIONS))
     lines = folder.file or folder.find(*LINES.get(split, ()))
     if lines is None and official is None:
         folder.need(*LINES.get(split, ()), f"{tiers[0]}_questions.json")

@@ -10,17 +10,16 @@ IMAGES = ("val2014", "coco/val2014", "../coco/val2014")
 
 
 def _read(folder, split):
-    if folder.file:
-        return [_line(folder, where, item, None) for where, item in read_lines(folder.file)]
     names = {name: (f"coco/coco_pope_{name}.json", f"coco_pope_{name}.json") for name in CATEGORIES}
-    lines = folder.find("llava_pope_test.jsonl")
+    lines = folder.file or folder.find("llava_pope_test.jsonl")
     if lines is None and not any(folder.find(*paths) for paths in names.values()):
         folder.need("llava_pope_test.jsonl", *names["random"])
     if lines is None:
         found = {name: path for name, paths in names.items() if (path := folder.find(*paths))}
         return [_label(folder, where, item, name) for name, path in found.items() for where, item in read_lines(path)]
     items, labels = read_lines(lines), {}
-    for name in dict.fromkeys(take(item, where, "category") for where, item in items):
+    bare = [(where, item) for where, item in items if not {"label", "answer"} & set(item)]
+    for name in dict.fromkeys(take(item, where, "category") for where, item in bare):
         path = folder.need(f"coco/coco_pope_{name}.json", f"coco_pope_{name}.json")
         for where, item in read_lines(path):
             key = name, take(item, where, "image"), take(item, where, "text").strip()
@@ -35,11 +34,9 @@ def _line(folder, where, item, labels):
     text = take(item, where, "text", "question")
     plain = text.replace(SHORT, "").strip()
     category, image = item.get("category", "all"), take(item, where, "image")
-    gold = (labels or {}).get((category, image, plain))
-    if labels is None:
-        gold = take(item, where, "label", "answer")
-    elif gold is None:
-        raise UserError(f"{where}: {plain!r} on {image} is not among the labels of category {category!r}")
+    gold = item.get("label", item.get("answer")) or labels.get((category, image, plain))
+    if gold not in ("yes", "no"):
+        raise UserError(f"{where}: {plain!r} on {image} has no yes or no, here or among the labels of {category!r}")
     text = text.strip() if SHORT in text else f"{plain}\n{SHORT}"
     path = folder.image(image, IMAGES, where)
     return question(take(item, where, "question_id", "id"), f"<image>\n{text}", [path], gold, where, category)
@@ -47,7 +44,7 @@ def _line(folder, where, item, labels):
 
 def _label(folder, where, item, name):
     number = f"{name}-{take(item, where, 'question_id')}"
-    return _line(folder, where, {**item, "question_id": number, "category": name}, None)
+    return _line(folder, where, {**item, "question_id": number, "category": name}, {})
 
 
 POPE = Benchmark(

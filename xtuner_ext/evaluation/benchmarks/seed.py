@@ -18,13 +18,12 @@ LETTERS = "ABCD"
 
 
 def _read(folder, split):
-    if folder.file and folder.file.suffix == ".jsonl":
-        return [_line(folder, where, item, {}, {}) for where, item in read_lines(folder.file)]
-    path = folder.file or folder.find(OFFICIAL)
+    alone = folder.file if folder.file and folder.file.suffix == ".json" else None
+    path = alone or folder.find(OFFICIAL)
     official = read_json(path) if path else {"questions": [], "question_type": {}}
     known = {str(item["question_id"]): item for item in official["questions"]}
     names = {number: name for name, number in official["question_type"].items()}
-    lines = None if folder.file else folder.find(*LINES[split])
+    lines = None if alone else folder.file or folder.find(*LINES[split])
     if lines is None and path is None:
         folder.need(*LINES[split], OFFICIAL)
     if lines is None:
@@ -41,7 +40,7 @@ def _wanted(item, split):
 def _line(folder, where, item, known, names):
     number = take(item, where, "question_id", "id")
     official = known.get(str(number))
-    if known and official is None:
+    if known and official is None and "answer" not in item:
         raise UserError(f"{where}: question {number!r} is not in {OFFICIAL}")
     gold = take(official or item, where, "answer")
     text = take(item, where, "text")
