@@ -11,7 +11,8 @@ from ..data.templates import render
 from ..data.video import FrameSampling, count_frames, read_frames
 from ..errors import UserError
 from ..modeling.processing import IMAGE_PLACEHOLDER
-from .scorers import exact_match
+from .rows import result_row
+from .scorers import mark_rows
 
 
 def read_questions(meta, limit=None):
@@ -77,11 +78,8 @@ def stop_token_ids(tokenizer, template, config=None):
     return sorted(ids)
 
 
-@torch.inference_mode()
 def answer(model, processor, template, questions, batch_size=32, max_new_tokens=32, on_batch=None, frames=None):
-    """Answer questions greedily.
-
-    Of a video the frames in the middle of equal parts are shown.
+    """Answer questions greedily and mark the answers by exact match.
 
     Args:
         model (HybridVLForCausalLM): In evaluation mode.
@@ -96,42 +94,86 @@ def answer(model, processor, template, questions, batch_size=32, max_new_tokens=
     Returns:
         list[dict]: Result rows in the order of the questions.
     """
-    stops = stop_token_ids(processor.tokenizer, template, model.config)
-    padding = processor.tokenizer.pad_token_id or 0
-    frames = FrameSampling(sampling="middle") if frames is None else FrameSampling.of(frames)
-    asked = [_captioned(question, frames) for question in questions]
-    prompts = [render(template, turns, question["system"]) for turns, question in zip(asked, questions)]
-    # Questions of like length share a batch, which keeps padding short.
-    order = sorted(range(len(questions)), key=lambda i: (prompts[i].count(IMAGE_PLACEHOLDER), len(prompts[i])))
-    rows = [None] * len(questions)
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        prepared = [_encode(processor, template, questions[i], asked[i], frames) for i in batch]
-        inputs = {name: tensor.to(model.device) for name, tensor in _batch(prepared, padding).items()}
-        output = model.generate(
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=stops,
-            pad_token_id=padding,
-        )
-        new = output[:, inputs["input_ids"].shape[1] :]
-        for i, text in zip(batch, processor.batch_decode(new, skip_special_tokens=True)):
-            parsed, correct = exact_match(text, questions[i]["gold"])
-            rows[i] = {
-                "id": questions[i]["id"],
-                "question": questions[i]["turns"][-1][0],
-                "prompt": prompts[i],
-                "prediction": text,
-                "parsed": parsed,
-                "gold": questions[i]["gold"],
-                "correct": correct,
-                "category": questions[i]["category"],
-                "meta": {"source": questions[i]["where"]},
-            }
+    batches = Batches(model, processor, template, questions, batch_size, max_new_tokens, frames=frames)
+    predictions = []
+    for number in range(len(batches)):
+        predictions.append(batches.answer(number))
         if on_batch is not None:
-            on_batch(len(batch))
-    return rows
+            on_batch(len(predictions[-1]))
+    return mark_rows(batches.rows(predictions))
+
+
+class Batches:
+    """Questions in the batches in which a model answers them, greedily.
+
+    What is in which batch follows from the questions and the batch size alone, so that it is the same for any number
+    of processes and after any interruption. Of a video the frames in the middle of equal parts are shown.
+
+    Args:
+        model (HybridVLForCausalLM): In evaluation mode.
+        processor (HybridVLProcessor): Its processor.
+        template (Template): Conversation template.
+        questions (list[dict]): From :func:`read_questions` or :meth:`Benchmark.read`.
+        batch_size (int): Questions per batch.
+        max_new_tokens (int): Longest answer in tokens.
+        min_new_tokens (int, optional): Shortest answer in tokens.
+        frames (FrameSampling | dict, optional): How videos are shown.
+
+    Attributes:
+        prompts (list[str]): What is asked, by question, with one placeholder an image.
+        members (list[list[int]]): Positions of the questions, by batch.
+    """
+
+    def __init__(
+        self, model, processor, template, questions, batch_size=32, max_new_tokens=32, min_new_tokens=None, frames=None
+    ):
+        self.model, self.processor, self.template, self.questions = model, processor, template, questions
+        self.frames = FrameSampling(sampling="middle") if frames is None else FrameSampling.of(frames)
+        self.padding = processor.tokenizer.pad_token_id or 0
+        self.options = {
+            "max_new_tokens": max_new_tokens,
+            "do_sample": False,
+            "eos_token_id": stop_token_ids(processor.tokenizer, template, model.config),
+            "pad_token_id": self.padding,
+            **({"min_new_tokens": min_new_tokens} if min_new_tokens else {}),
+        }
+        self.turns = [_captioned(question, self.frames) for question in questions]
+        self.prompts = [render(template, turns, asked["system"]) for turns, asked in zip(self.turns, questions)]
+        # Questions of like length share a batch, which keeps padding short.
+        order = sorted(
+            range(len(questions)), key=lambda i: (self.prompts[i].count(IMAGE_PLACEHOLDER), len(self.prompts[i]))
+        )
+        self.members = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+    def __len__(self):
+        return len(self.members)
+
+    @torch.inference_mode()
+    def answer(self, number):
+        """list[str]: The answers to one batch, in the order of its members."""
+        prepared = [
+            _encode(self.processor, self.template, self.questions[i], self.turns[i], self.frames)
+            for i in self.members[number]
+        ]
+        inputs = {name: tensor.to(self.model.device) for name, tensor in _batch(prepared, self.padding).items()}
+        output = self.model.generate(**inputs, **self.options)
+        new = output[:, inputs["input_ids"].shape[1] :]
+        return self.processor.batch_decode(new, skip_special_tokens=True)
+
+    def rows(self, predictions):
+        """Bring answers into the order of the questions.
+
+        Args:
+            predictions (list[list[str]]): The answers to every batch.
+
+        Returns:
+            list[dict]: Result rows that are not marked yet.
+        """
+        rows = [None] * len(self.questions)
+        for members, texts in zip(self.members, predictions, strict=True):
+            for i, text in zip(members, texts, strict=True):
+                rows[i] = result_row(self.questions[i], self.prompts[i], text)
+        return rows
 
 
 def _captioned(question, frames):
@@ -147,7 +189,7 @@ def _encode(processor, template, question, turns, frames):
         images, limit = read_frames(question["video"], question["where"], frames, question["clip"]), 1
     else:
         images = (open_image(path, question["where"]) for path in question["images"])
-        limit = processor.tile_limit(len(question["images"]), question["max_tiles"])
+        limit = processor.tile_limit(len(question["images"]), question.get("max_tiles"))
     # One by one, as whole videos take much memory.
     tiles = [processor.tiles(image, limit) for image in images]
     slots = [processor.expand(IMAGE_PLACEHOLDER, [len(cut)]) for cut in tiles]

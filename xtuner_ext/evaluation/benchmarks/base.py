@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
+from ..rows import result_row
 from .files import Folder
 
 SHORT = "Answer the question using a single word or phrase."
@@ -94,7 +95,7 @@ class Benchmark:
                 problem = "has two result rows" if key in found else "is in a result row, but in no question"
                 raise UserError(f"id {row['id']!r} of {self.name} {problem}")
             found[key] = row
-        return [found.get(str(question["id"])) or _unanswered(question) for question in questions]
+        return [found.get(str(question["id"])) or result_row(question, None, None) for question in questions]
 
     def mark(self, rows, mode="robust", **options):
         """list[dict]: The rows with ``parsed`` and ``correct`` (True, False, or a share) as this scorer has them."""
@@ -137,18 +138,4 @@ def question(number, text, images, gold, where, category="all", **meta):
         "category": category,
         "where": where,
         "meta": meta,
-    }
-
-
-def _unanswered(asked):
-    return {
-        "id": asked["id"],
-        "question": asked["turns"][-1][0],
-        "prompt": None,
-        "prediction": None,
-        "parsed": None,
-        "gold": asked["gold"],
-        "correct": False,
-        "category": asked["category"],
-        "meta": {"source": asked["where"], **asked["meta"]},
     }

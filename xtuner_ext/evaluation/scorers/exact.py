@@ -20,6 +20,12 @@ def exact_match(prediction, gold):
     return parsed, parsed == normalise(gold)
 
 
+def mark_rows(rows):
+    """list[dict]: The rows with ``parsed`` and ``correct`` of :func:`exact_match`."""
+    marks = [exact_match(row["prediction"], row["gold"]) for row in rows]
+    return [{**row, "parsed": parsed, "correct": correct} for row, (parsed, correct) in zip(rows, marks)]
+
+
 def score_rows(rows):
     """Accuracy, overall and by category.
 
