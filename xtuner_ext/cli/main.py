@@ -26,7 +26,7 @@ from xtuner_ext.errors import UserError
 OWN_VERBS = {
     "train": ("train", "train or distil with a config"),
     "chat": ("chat", "talk with a model, about an image if one is given"),
-    "eval": ("eval", "score a model on a data set"),
+    "eval": ("eval", "score a model on a data set or a benchmark, or compare scores"),
     "compare": ("compare", "measure how much of a teacher its students keep"),
     "data": ("data", "make and check data sets"),
     "inspect": ("inspect", "say what a model folder holds and what its students would be"),
@@ -64,6 +64,9 @@ STOCK_VERBS = {
 # Stock verbs whose first argument is a config, which we find in more places than they do
 # (`copy-cfg` takes the name as it is).
 CONFIG_FIRST = {"test", "log-dataset", "check-custom-dataset", "convert pth_to_hf", "copy-cfg"}
+
+# Our verbs that several processes share, and what each of them is told then.
+SHARED_VERBS = {"train": ("--launcher", "pytorch"), "eval": ()}
 
 # What processes on several machines cannot do without.
 NODE_VARIABLES = {
@@ -145,9 +148,9 @@ def main(argv):
     module = _own_module(verb)
     if module is None:
         return run_stock(verb, arguments)
-    processes = _torchrun_arguments(arguments) if verb == "train" else None
+    processes = _torchrun_arguments(arguments) if verb in SHARED_VERBS else None
     if processes is not None:
-        return _call([*processes, "-m", module, *arguments, "--launcher", "pytorch"])
+        return _call([*processes, "-m", module, *arguments, *SHARED_VERBS[verb]])
     # `convert` is one module for several verbs, so it is told which.
     words = verb.split()[1:]
     return importlib.import_module(module).main([*words, *arguments]) or 0
@@ -280,7 +283,7 @@ def _help():
             *_lines(verb for verb in STOCK_VERBS if verb not in OWN_VERBS),
             "",
             "`xtuner-ext VERB --help` prints the arguments of a verb, `--version` the versions.",
-            "NPROC_PER_NODE, NNODES, NODE_RANK, MASTER_ADDR (or ADDR) and PORT start `train` and `test` on several "
-            "processes.",
+            "NPROC_PER_NODE, NNODES, NODE_RANK, MASTER_ADDR (or ADDR) and PORT start `train`, `test` and `eval` on "
+            "several processes.",
         ]
     )

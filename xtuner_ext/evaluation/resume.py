@@ -94,8 +94,8 @@ def answer_all(batches, partial, facts, processes, on_batch=None):
         partial (Partial): Where answers are kept.
         facts (dict): What the answers follow from.
         processes (Processes): This process among all.
-        on_batch (callable, optional): Called with the number of questions finished, here or by an earlier command; of
-            several processes each counts its own and, the first, the earlier ones.
+        on_batch (callable, optional): Called with the number of questions finished, here or by an earlier command;
+            every process takes the others to be as fast.
 
     Returns:
         list[list[str]] | None: The answers to every batch in the first process, None in the others.
@@ -111,13 +111,15 @@ def answer_all(batches, partial, facts, processes, on_batch=None):
     known = partial.read()
     # Nobody writes before all have read, so that all see the same work.
     processes.wait()
-    if first and known:
+    if known:
         on_batch(sum(map(len, known.values())))
     left = [number for number in range(len(batches)) if number not in known]
-    for number in left[processes.rank :: processes.count]:
-        predictions = batches.answer(number)
-        partial.add(number, predictions)
-        on_batch(len(predictions))
+    for start in range(0, len(left), processes.count):
+        together = left[start : start + processes.count]
+        if processes.rank < len(together):
+            number = together[processes.rank]
+            partial.add(number, batches.answer(number))
+        on_batch(sum(len(batches.members[number]) for number in together))
     processes.wait()
     if not first:
         return None
