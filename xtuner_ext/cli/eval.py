@@ -101,7 +101,11 @@ def main(argv):
 
 
 def _check_words(args):
-    if not args.bench:
+    from ..evaluation import benchmarks
+
+    if args.bench:
+        benchmarks.get(args.bench)
+    else:
         for name in ("split", "mode", "rows"):
             if getattr(args, name):
                 raise UserError(f"--{name} is given without --bench, expected the name of a benchmark as well")
@@ -179,7 +183,7 @@ def evaluate_folder(
         chosen = {"limit": limit, **({} if seed is None else {"seed": seed})} if limit else {}
         facts = {"model": str(model), "data": str(data), **task.facts, **chosen}
         versions = installed_versions()
-        same = {**facts, **settings, **versions, "device": network.device.type}
+        same = {"limit": limit, "seed": seed, **facts, **settings, **versions, "device": network.device.type}
         same |= {"model_files": digest_folder(resolve_folder(model)), "questions": digest(task.questions)}
         partial = Partial(f"{Path(out)}.partial", shared.rank)
         bar = contextlib.nullcontext() if shared.rank else progress(f"eval {Path(model).name}", len(task.questions))

@@ -11,9 +11,19 @@ def print_scores(metrics):
     """Print the scores of annotated questions or a benchmark."""
     from .console import console
 
-    tables = _benchmark_tables(metrics) if "reports" in metrics else [_accuracy_table(metrics)]
-    for table in tables:
-        console().print(table)
+    out = console()
+    if "reports" not in metrics:
+        out.print(_accuracy_table(metrics))
+        return
+    reports = metrics["reports"]
+    whom = metrics.get("model") or metrics["rows"]
+    out.print(f"{whom} on {metrics['benchmark']}, {metrics['split']}", markup=False, highlight=False, soft_wrap=True)
+    for table in _benchmark_tables(reports):
+        out.print(table)
+    report = next(iter(reports.values()))
+    counts = [f"{report['count']} questions, {report['missing']} without an answer"]
+    counts += [f"{part['unparsed']} not understood ({mode})" for mode, part in reports.items() if part["unparsed"]]
+    out.print("; ".join(counts), highlight=False, soft_wrap=True)
 
 
 def _table(title, first, others):
@@ -35,23 +45,16 @@ def _accuracy_table(metrics):
     return table
 
 
-def _benchmark_tables(metrics):
+def _benchmark_tables(reports):
     """list[Table]: The scores, then those of every grouping; modes stand side by side where they differ."""
-    reports = metrics["reports"]
-    title = f"{metrics.get('model') or metrics['rows']} on {metrics['benchmark']}, {metrics['split']}"
-    tables = [_side_by_side(title, "score", {m: {n: {"": v} for n, v in r["scores"].items()} for m, r in reports.items()})]
-    for mode, report in reports.items():
-        # Of questions and answers these are the same in all modes, but for what was not understood.
-        tables[0].caption = f"{report['count']} questions, {report['missing']} without an answer" + "".join(
-            f"; {name}: {part['unparsed']} not understood" for name, part in reports.items() if part["unparsed"]
-        )
+    scores = {mode: {name: {"": value} for name, value in part["scores"].items()} for mode, part in reports.items()}
+    tables = [_side_by_side("score", scores)]
     for grouping in dict.fromkeys(name for report in reports.values() for name in report["by"]):
-        groups = {mode: report["by"].get(grouping, {}) for mode, report in reports.items()}
-        tables.append(_side_by_side(None, grouping, groups))
+        tables.append(_side_by_side(grouping, {mode: part["by"].get(grouping, {}) for mode, part in reports.items()}))
     return tables
 
 
-def _side_by_side(title, first, groups):
+def _side_by_side(first, groups):
     """Table: One line a name, one column a measure; one a mode as well where the modes differ in it."""
     modes = list(groups)
     names = list(dict.fromkeys(name for group in groups.values() for name in group))
@@ -68,7 +71,7 @@ def _side_by_side(title, first, groups):
     split = {measure for mode, measure in columns if mode != modes[0]}
     heads = [f"{measure} {mode}".strip() if measure in split else measure or "value" for mode, measure in columns]
     counted = any("count" in part for part in groups[modes[0]].values())
-    table = _table(title, first, [*heads, *["questions"] * counted])
+    table = _table(None, first, [*heads, *["questions"] * counted])
     for name in names:
         cells = [_number(value(mode, name, measure)) for mode, measure in columns]
         counts = [str(value(modes[0], name, "count") or "")] * counted
