@@ -159,6 +159,16 @@ def test_several_processes_go_through_torchrun(monkeypatch):
     assert {"--nnodes=2", "--node_rank=1", "--master_addr=first"} <= set(main._torchrun_arguments([]))
 
 
+def test_training_and_evaluation_are_shared(monkeypatch):
+    calls = []
+    monkeypatch.setattr(main, "_call", lambda command: calls.append(command[-3:]) or 0)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setenv("NPROC_PER_NODE", "2")
+    assert main.run(["train", "x.py"]) == main.run(["eval", "m"]) == 0
+    assert calls == [["x.py", "--launcher", "pytorch"], ["-m", "xtuner_ext.cli.eval", "m"]]
+    assert main.run(["eval", "--compare", "one"]) == 2 and len(calls) == 2
+
+
 def test_status_of_a_child_is_passed_on():
     code = "import os, sys; os.kill(os.getpid(), 9) if sys.argv[1] == 'kill' else sys.exit(3)"
     assert main._call([sys.executable, "-c", code, "exit"]) == 3

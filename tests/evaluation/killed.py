@@ -1,4 +1,4 @@
-"""python tests/evaluation/killed.py VERB ...: `xtuner-ext`, killed once it has kept DIE batches; ASKED lists its questions."""
+"""python tests/evaluation/killed.py VERB ...: `xtuner-ext`, killed after DIE batches; ASKED lists its questions."""
 
 import os
 import signal

@@ -97,6 +97,9 @@ def test_kept_answers(tmp_path):
     partial.open(FACTS)
     partial.add(1, [])
     assert partial.read() == {3: ["a", "b\n\u2028é"], 0: ["c"], 1: []}
+    with partial.lock(), pytest.raises(UserError, match="answers.0.jsonl is being written by another command"):
+        Partial(tmp_path / "p", rank=5).open(FACTS)
+    partial.open(FACTS)
     partial.file.write_text("{}\n")
     with pytest.raises(UserError, match="answers.0.jsonl:1 is broken, expected the answers of a batch"):
         partial.read()

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from tests.data.malformed import write_video
+from xtuner_ext.cli.loading import load_model
 from xtuner_ext.data.dataset import ConversationDataset
 from xtuner_ext.data.templates import get_template
 from xtuner_ext.data.video import FrameSampling, read_frames
@@ -146,6 +147,14 @@ def test_answers_do_not_depend_on_the_batch_size(digits, digits_processor, tiny_
     assert found[0] == found[1] == found[2]
     assert counted == [1] * 24 + [7, 7, 7, 3] + [24]
     assert len({row["prediction"] for row in rows}) > 3
+
+
+def test_the_shipped_teacher_answers_alike_in_batches_of_any_size(digits):
+    model, processor = load_model("digits-teacher", "fp32", "cpu")
+    questions, template = read_questions(digits / "train.json", 40), get_template("internlm2_chat")
+    one, four, sixteen = (answer(model, processor, template, questions, size, 12) for size in (1, 4, 16))
+    assert one == four == sixteen
+    assert sum(row["correct"] for row in one) > 30
 
 
 def test_rows_keep_the_order_and_the_facts_of_the_questions(digits, digits_processor, tiny_model):

@@ -113,7 +113,7 @@ def _check_words(args):
         raise UserError(f"--rows is given with {'--limit' if args.limit else 'a model'}, expected the answers alone")
     for name in ("data",) if args.rows else ("model", "data", "out"):
         if not getattr(args, name):
-            raise UserError(f"eval has no {'model folder' if name == 'model' else f'--{name}'}, see --help for examples")
+            raise UserError(f"eval has no {'model folder' if name == 'model' else f'--{name}'}; --help has examples")
 
 
 def evaluate_folder(

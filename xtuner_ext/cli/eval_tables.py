@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+MOST_COLUMNS = 8  # of a table that is still easy to read
 SHOWN = 20  # changed answers on a terminal; all are in the file
 
 
@@ -50,7 +51,12 @@ def _benchmark_tables(reports):
     scores = {mode: {name: {"": value} for name, value in part["scores"].items()} for mode, part in reports.items()}
     tables = [_side_by_side("score", scores)]
     for grouping in dict.fromkeys(name for report in reports.values() for name in report["by"]):
-        tables.append(_side_by_side(grouping, {mode: part["by"].get(grouping, {}) for mode, part in reports.items()}))
+        groups = {mode: part["by"].get(grouping, {}) for mode, part in reports.items()}
+        table = _side_by_side(grouping, groups)
+        if len(table.columns) <= MOST_COLUMNS:
+            tables.append(table)
+        else:
+            tables += [_side_by_side(f"{grouping} ({mode})", {mode: group}) for mode, group in groups.items()]
     return tables
 
 

@@ -67,6 +67,8 @@ CONFIG_FIRST = {"test", "log-dataset", "check-custom-dataset", "convert pth_to_h
 
 # Our verbs that several processes share, and what each of them is told then.
 SHARED_VERBS = {"train": ("--launcher", "pytorch"), "eval": ()}
+# Words that ask for what is not shared.
+ALONE = {"--help", "-h", "--compare", "--rows"}
 
 # What processes on several machines cannot do without.
 NODE_VARIABLES = {
@@ -148,7 +150,8 @@ def main(argv):
     module = _own_module(verb)
     if module is None:
         return run_stock(verb, arguments)
-    processes = _torchrun_arguments(arguments) if verb in SHARED_VERBS else None
+    shared = verb in SHARED_VERBS and not ALONE.intersection(arguments)
+    processes = _torchrun_arguments(arguments) if shared else None
     if processes is not None:
         return _call([*processes, "-m", module, *arguments, *SHARED_VERBS[verb]])
     # `convert` is one module for several verbs, so it is told which.

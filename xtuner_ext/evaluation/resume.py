@@ -1,5 +1,7 @@
 """Answers that are kept as they come, so that a killed evaluation asks nothing twice."""
 
+import contextlib
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -31,7 +33,7 @@ class Partial:
             facts (dict): What the answers follow from, by name, as JSON can hold it.
 
         Raises:
-            UserError: When the folder is another evaluation's, or broken.
+            UserError: When the folder is another evaluation's, broken, or written to by a running command.
         """
         path, facts = self.folder / FACTS, json.loads(json.dumps(facts))
         if path.is_file():
@@ -42,10 +44,12 @@ class Partial:
             _write(draft, "w", json.dumps(facts, indent=2))
             draft.replace(path)
         for file in self._files():
-            text = file.read_bytes()
-            whole = text.rfind(b"\n") + 1
-            if whole < len(text):
-                os.truncate(file, whole)
+            with _locked(file):
+                os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
+
+    def lock(self):
+        """Context manager: this process alone writes its file; a UserError where another one does."""
+        return _locked(self.file)
 
     def _compare(self, path, facts):
         try:
@@ -71,9 +75,8 @@ class Partial:
                     item = json.loads(line)
                     found[item["batch"]] = item["predictions"]
                 except (ValueError, KeyError, TypeError) as error:
-                    raise UserError(
-                        f"{file}:{number} is broken, expected the answers of a batch: delete {self.folder} to begin anew"
-                    ) from error
+                    message = f"{file}:{number} is broken, expected the answers of a batch"
+                    raise UserError(f"{message}: delete {self.folder} to begin anew") from error
         return found
 
     def add(self, batch, predictions):
@@ -114,12 +117,13 @@ def answer_all(batches, partial, facts, processes, on_batch=None):
     if known:
         on_batch(sum(map(len, known.values())))
     left = [number for number in range(len(batches)) if number not in known]
-    for start in range(0, len(left), processes.count):
-        together = left[start : start + processes.count]
-        if processes.rank < len(together):
-            number = together[processes.rank]
-            partial.add(number, batches.answer(number))
-        on_batch(sum(len(batches.members[number]) for number in together))
+    with partial.lock():
+        for start in range(0, len(left), processes.count):
+            together = left[start : start + processes.count]
+            if processes.rank < len(together):
+                number = together[processes.rank]
+                partial.add(number, batches.answer(number))
+            on_batch(sum(len(batches.members[number]) for number in together))
     processes.wait()
     if not first:
         return None
@@ -132,6 +136,18 @@ def answer_all(batches, partial, facts, processes, on_batch=None):
             "expected a folder that all of them share; repeat the command to ask the rest"
         )
     return [found[number] for number in range(len(batches))]
+
+
+@contextlib.contextmanager
+def _locked(path):
+    with open(path, "a", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{path} is being written by another command, wait for it or end it") from error
+        except OSError:
+            pass  # a file system that knows no locks
+        yield
 
 
 def _write(path, mode, text):

@@ -121,5 +121,6 @@ def digest(questions):
 
 def digest_folder(folder):
     """str: A name of the files of a model, by their names, sizes and times."""
-    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.iterdir()) if file.is_file()]
+    files = [(file.name, file.stat()) for file in sorted(folder.iterdir()) if file.is_file()]
+    facts = [(name, found.st_size, found.st_mtime_ns) for name, found in files]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
