@@ -307,7 +307,8 @@ class TestOneDtypeUnderZero3:
     def wrap(self, stage, **precision):
         model = torch.nn.ModuleDict({"adapter": torch.nn.Linear(2, 2), "frozen": torch.nn.Linear(2, 2)})
         model["frozen"].requires_grad_(False)
-        module = SimpleNamespace(DeepSpeedStrategy=type("DeepSpeedStrategy", (), {"_wrap_model": lambda self, model: model}))
+        strategy = type("DeepSpeedStrategy", (), {"_wrap_model": lambda self, model: model})
+        module = SimpleNamespace(DeepSpeedStrategy=strategy)
         compat.train_one_dtype_under_zero3(module)
         strategy = module.DeepSpeedStrategy()
         strategy.config = {"zero_optimization": {"stage": stage}, **precision}

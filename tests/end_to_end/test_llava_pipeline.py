@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoProcessor, LlavaForConditionalGeneration
-from transformers import AutoProcessor as NativeProcessor
 
 from xtuner_ext.cli.main import run as xtuner_ext
 from xtuner_ext.convert.small_llava import make_small_parts
@@ -70,11 +69,13 @@ def trained(place):
 
 @pytest.fixture(scope="module")
 def converted(place, trained):
-    """Folders of the finetuned model by format."""
+    """Folders of the finetuned model by format, in fp32."""
     folders = {}
+    # The config rounds the language model's weights to fp16, which readers of adapters do not.
+    options = ("--fp32", "--cfg-options", "model.llm.torch_dtype=torch.float32")
     for kind in ("xtuner", "huggingface", "official"):
         folders[kind] = place / f"epoch_1_{kind}"
-        assert convert(place, FINETUNE, trained[1], folders[kind], "--save-format", kind) == 0
+        assert convert(place, FINETUNE, trained[1], folders[kind], "--save-format", kind, *options) == 0
     return folders
 
 
@@ -103,7 +104,7 @@ def test_a_pretrained_projector_is_converted_alone(place, trained):
 
 def test_transformers_answers_from_its_format(place, converted):
     model = LlavaForConditionalGeneration.from_pretrained(converted["huggingface"])
-    processor = NativeProcessor.from_pretrained(converted["huggingface"])
+    processor = AutoProcessor.from_pretrained(converted["huggingface"])
     assert processor.image_processor.do_pad  # as the finetuning data were
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is in the picture?"}]}]
     text = processor.apply_chat_template(messages)
@@ -139,7 +140,7 @@ def test_all_formats_give_the_same_logits(place, converted, monkeypatch):
     # The rows of <image> and of padding are nobody's words.
     rows = parts.config.image_token_id
     logits = [probe_logits(model)[..., :rows] for model in (parts, whole)]
-    assert relative_difference(*logits) < 2e-3  # the adapters were rounded to fp16, or their product was
+    assert relative_difference(*logits) < 1e-4
     native.config.vocab_size = whole.config.vocab_size
     assert relative_difference(logits[1], probe_logits(native)[..., :rows]) < 1e-5
 
@@ -204,15 +205,15 @@ def test_merged_parts_are_the_parts(place, converted, merged, monkeypatch):
 
 # ---------------------------------------------------------------- one that learns, around a hybrid
 
-STEPS = {"hybrid_pretrain": 60, "hybrid_finetune": 200}
+STEPS = {"hybrid_pretrain": 40, "hybrid_finetune": 120}
 
 
 @pytest.fixture(scope="module")
 def learnt(tmp_path_factory):
     """Folder in which a hybrid's LLaVA was pretrained and finetuned, and its folder ``hf``."""
     folder = tmp_path_factory.mktemp("learnt")
-    options = ["prepare_data.0.views=1", "prepare_data.0.choices=8", "train_dataloader.batch_size=16"]
-    options += ["default_hooks.checkpoint.interval=100"]
+    options = ["prepare_data.0.views=1", "prepare_data.0.choices=2", "train_dataloader.batch_size=8"]
+    options += ["default_hooks.checkpoint.interval=40", "custom_hooks.1.every_n_iters=1000"]
     for stage, steps in STEPS.items():
         length = [f"train_cfg.max_iters={steps}", f"param_scheduler.1.end={steps}"]
         result = xtuner(folder, "train", f"llava/photographs/{stage}", "--cfg-options", *options, *length)
@@ -317,8 +318,8 @@ def test_deepspeed_trains_resumes_and_is_converted(place, trained, stage, capsys
 @needs_deepspeed
 def test_a_hybrid_trains_whole_with_its_weights_spread(learnt):
     """It also chats before the first iteration, when DeepSpeed has not seen who reads which weight."""
-    options = ["prepare_data.0.views=1", "prepare_data.0.choices=8", "train_cfg.max_iters=4", "param_scheduler.1.end=12"]
-    options += ["default_hooks.checkpoint.interval=4", "train_dataloader.batch_size=4"]
+    options = ["prepare_data.0.views=1", "prepare_data.0.choices=2", "train_cfg.max_iters=4"]
+    options += ["param_scheduler.1.end=12", "default_hooks.checkpoint.interval=4", "train_dataloader.batch_size=4"]
     work_dir = "work_dirs/llava_photographs/spread"
     command = ["train", "llava/photographs/hybrid_finetune", "--deepspeed", "deepspeed_zero3", "--work-dir", work_dir]
     result = xtuner(learnt, *command, "--cfg-options", *options, variables={"NPROC_PER_NODE": "2"})
