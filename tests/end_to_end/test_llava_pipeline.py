@@ -204,14 +204,14 @@ def test_merged_parts_are_the_parts(place, converted, merged, monkeypatch):
 
 # ---------------------------------------------------------------- one that learns, around a hybrid
 
-STEPS = {"hybrid_pretrain": 60, "hybrid_finetune": 200}
+STEPS = {"hybrid_pretrain": 40, "hybrid_finetune": 200}
 
 
 @pytest.fixture(scope="module")
 def learnt(tmp_path_factory):
     """Folder in which a hybrid's LLaVA was pretrained and finetuned, and its folder ``hf``."""
     folder = tmp_path_factory.mktemp("learnt")
-    options = ["prepare_data.0.views=1", "prepare_data.0.choices=8", "train_dataloader.batch_size=16"]
+    options = ["prepare_data.0.views=1", "prepare_data.0.choices=8", "train_dataloader.batch_size=8"]
     options += ["default_hooks.checkpoint.interval=100"]
     for stage, steps in STEPS.items():
         length = [f"train_cfg.max_iters={steps}", f"param_scheduler.1.end={steps}"]
@@ -227,7 +227,7 @@ def learnt(tmp_path_factory):
 def test_both_stages_learn(learnt):
     runs = learnt / "work_dirs" / "llava_photographs"
     first, second = losses(runs / "hybrid_pretrain"), losses(runs / "hybrid_finetune")
-    assert first[0] > 5 and first[-1] < 4
+    assert first[0] > 5 and first[-1] < 4.7
     assert second[-1] < 0.1
 
 
