@@ -56,7 +56,9 @@ def test_a_table_that_would_end_a_run_is_refused_before(table, tmp_path, capsys,
     assert message in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("content, message", [(b"", "is no table"), (b"\xff\xfe\x00", "is no table"), (None, "does not exist")])
+@pytest.mark.parametrize(
+    "content, message", [(b"", "is no table"), (b"\xff\xfe\x00", "is no table"), (None, "does not exist")]
+)
 def test_a_file_that_is_none(tmp_path, capsys, content, message):
     if content is not None:
         (tmp_path / "table.tsv").write_bytes(content)

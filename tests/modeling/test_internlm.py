@@ -22,7 +22,7 @@ def folder(tmp_path):
     model.save_pretrained(tmp_path)
     raw = {
         "architectures": ["InternLMForCausalLM"],
-        "auto_map": {"AutoConfig": "configuration_internlm.InternLMConfig", "AutoModelForCausalLM": "modeling_internlm.X"},
+        "auto_map": {"AutoConfig": "configuration_internlm.X", "AutoModelForCausalLM": "modeling_internlm.X"},
         "bias": True,
         "model_type": "internlm",
         "max_position_embeddings": 16,

@@ -145,7 +145,8 @@ def refuse_format(config, save_format):
             "--save-format xtuner"
         )
     if config.model.get("projector_depth", 2) != 2:
-        raise UserError(f"--save-format {save_format} can not hold a projector of {config.model.projector_depth} layers, only of 2")
+        depth = config.model.projector_depth
+        raise UserError(f"--save-format {save_format} can not hold a projector of {depth} layers, only of 2")
     kind = raw.get("model_type")
     if save_format == "official" and kind == HybridVLConfig.model_type:
         raise UserError(
@@ -156,7 +157,9 @@ def refuse_format(config, save_format):
     if save_format == "official" and tower_folder is not None and (tower_folder / "config.json").is_file():
         kind = read_config_json(tower_folder).get("model_type")
         if kind not in ("clip", "clip_vision_model"):
-            raise UserError(f"--save-format official can not hold the vision tower {tower_folder} of type {kind!r}, only CLIP")
+            raise UserError(
+                f"--save-format official can not hold the vision tower {tower_folder} of type {kind!r}, only CLIP"
+            )
 
 
 def write_parts(model, config, out, dtype, max_shard_size):
@@ -318,7 +321,8 @@ def _native_llava(model, fields):
         whole.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
         kind = type(model.llm).__name__
-        raise UserError(f"--save-format huggingface can not hold a {kind}: {str(error).splitlines()[1].strip()}") from error
+        reason = str(error).splitlines()[1].strip()
+        raise UserError(f"--save-format huggingface can not hold a {kind}: {reason}") from error
     whole.tie_weights()
     return whole.eval()
 
@@ -395,7 +399,8 @@ def write_official(model, config, out, dtype, max_shard_size):
     for part, wanted in ((llm, LlamaForCausalLM), (tower, CLIPVisionModel)):
         if not isinstance(part, wanted):
             raise UserError(
-                f"--save-format official can not hold a {type(part).__name__}, only a {wanted.__name__}; use huggingface"
+                f"--save-format official can not hold a {type(part).__name__}, only a {wanted.__name__}: "
+                "use huggingface"
             )
     for part in (llm, model.projector, *([tower] if tuned else [])):
         _rounded(part, dtype)
@@ -426,7 +431,8 @@ def write_official(model, config, out, dtype, max_shard_size):
 
 def _official_fields(text, tower, select_layer, tuned, dtype, pads):
     """config.json in the words of transformers 4, which LLaVA's own code stands on."""
-    fields = {key: value for key, value in text.to_dict().items() if key not in ("rope_parameters", "auto_map", "dtype")}
+    newer = ("rope_parameters", "auto_map", "dtype")
+    fields = {key: value for key, value in text.to_dict().items() if key not in newer}
     rope = dict(text.rope_parameters)
     kind = rope.pop("rope_type", "default")
     theta = rope.pop("rope_theta")

@@ -67,6 +67,6 @@ class InternLMTokenizer(SentencePieceBackend):
 
 
 class InternLMTokenizerOwner(PreTrainedConfig):
-    """What the tokenizer is registered for: a class that is registered by its name alone also goes before remote code."""
+    """Nobody's configuration: a tokenizer that is registered by its name alone goes before remote code, as a model does."""
 
     model_type = "internlm_tokenizer"
