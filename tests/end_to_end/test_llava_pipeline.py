@@ -176,6 +176,24 @@ def test_a_quantised_language_model_is_refused_by_name(place, trained, capsys):
         assert f"--save-format {kind} can not hold the language model {folder}, whose weights are quantised" in message
 
 
+def test_an_internlm_is_written_as_the_llama_that_it_is(place, trained, capsys):
+    folder = place / "as_published"
+    shutil.copytree(place / LLM, folder)
+    raw = json.loads((folder / "config.json").read_text())
+    code = {"AutoConfig": "configuration_internlm.X", "AutoModelForCausalLM": "modeling_internlm.X"}
+    raw.update(model_type="internlm", bias=True, rotary={"base": 10000, "type": "dynamic"}, auto_map=code)
+    (folder / "config.json").write_text(json.dumps({key: raw[key] for key in raw if key != "rope_parameters"}))
+    options = ("--cfg-options", f"model.llm.pretrained_model_name_or_path={folder}")
+    message = refusal(place, capsys, FINETUNE, trained[1], place / "never", "--save-format", "official", *options)
+    assert "--save-format official can not hold InternLMForCausalLM, which has biases" in message
+    assert not (place / "never").exists()
+    out = place / "internlm_whole"
+    assert convert(place, FINETUNE, trained[1], out, "--save-format", "huggingface", *options) == 0
+    text = LlavaForConditionalGeneration.from_pretrained(out).config.text_config
+    assert (text.model_type, text.attention_bias, text.rope_parameters["rope_type"]) == ("llama", True, "dynamic")
+    assert "auto_map" not in (out / "config.json").read_text()
+
+
 @pytest.fixture(scope="module")
 def merged(place, converted):
     """Folders of language model and tower with their adapters merged."""

@@ -272,7 +272,7 @@ def write_huggingface(model, config, out, dtype, max_shard_size):
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
     clip = isinstance(tower, CLIPVisionModel)
     fields = LlavaConfig(
-        text_config=llm.config.to_dict(),
+        text_config=_text_fields(llm),
         vision_config=tower.config.to_dict(),
         image_token_index=image,
         image_seq_length=_tower_tokens(tower.config),
@@ -305,6 +305,15 @@ def write_huggingface(model, config, out, dtype, max_shard_size):
         written = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
         found = probe_whole(written, image, *parts, _tower_tokens(tower.config))
         check_parity("the written model", relative_difference(expected, found), PARITY_TOLERANCE, out)
+
+
+def _text_fields(llm):
+    fields = llm.config.to_dict()
+    if isinstance(llm, LlamaForCausalLM):
+        # InternLM is one by another name, which transformers does not know.
+        fields = {key: value for key, value in fields.items() if key not in ("auto_map", "bias", "rotary")}
+        fields["model_type"] = LlamaForCausalLM.config_class.model_type
+    return fields
 
 
 def _native_llava(model, fields):
@@ -402,6 +411,10 @@ def write_official(model, config, out, dtype, max_shard_size):
                 f"--save-format official can not hold a {type(part).__name__}, only a {wanted.__name__}: "
                 "use huggingface"
             )
+    if llm.config.attention_bias:
+        raise UserError(
+            f"--save-format official can not hold {type(llm).__name__}, which has biases in its attention: use huggingface"
+        )
     for part in (llm, model.projector, *([tower] if tuned else [])):
         _rounded(part, dtype)
     expected = probe(model)
