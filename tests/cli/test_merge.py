@@ -57,6 +57,16 @@ def test_convert_merge_of_a_llama(llama, tmp_path):
     assert run(["convert", "merge", *folders]) == 0
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_convert_merge_of_a_llama_in_half_precision(llama, tmp_path, capsys, dtype):
+    """The written model's logits are compared with the merged one's, both in that precision."""
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=dtype)
+    model.save_pretrained(tmp_path / "base")
+    assert run(["convert", "merge", *(str(tmp_path / name) for name in ("base", "adapter", "out"))]) == 0
+    assert dtype in capsys.readouterr().out
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == getattr(torch, dtype)
+
+
 def test_a_folders_own_code_runs_only_where_it_is_allowed(llama, tmp_path, capsys):
     base, out = tmp_path / "base", tmp_path / "out"
     folders = [str(base), str(tmp_path / "adapter"), str(out)]

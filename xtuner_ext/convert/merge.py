@@ -310,7 +310,9 @@ def merge_transformers(model_class, base, adapter, out, write_processor, probe, 
         raise UserError(f"{base} does not hold the weights of a {type(model).__name__}, the first is {missing[0]}")
     dtype = model.dtype
     merged, difference = merge_weights(model.float().eval(), config, state, adapter, probe)
-    merged = merged.to(dtype)
+    for parameter in merged.parameters():
+        # Not the model: its rotary frequencies are computed, not stored, and stay fp32.
+        parameter.data = parameter.data.to(dtype)
     with whole_folder(out) as folder:
         merged.save_pretrained(folder, max_shard_size=max_shard_size)
         write_processor(folder)

@@ -67,6 +67,6 @@ class InternLMTokenizer(SentencePieceBackend):
 
 
 class InternLMTokenizerOwner(PreTrainedConfig):
-    """Nobody's configuration: a tokenizer that is registered by its name alone goes before remote code, as a model does."""
+    """Nobody's configuration: a tokenizer that is registered by its name alone goes before remote code."""
 
     model_type = "internlm_tokenizer"
