@@ -89,3 +89,5 @@ def test_words_are_sentencepieces(words, trust, tmp_path):
         assert tokenizer.decode(ids, skip_special_tokens=True) == text == again.decode(ids[1:])
         assert tokenizer.encode(text, add_special_tokens=False) == ids[1:]
     assert tokenizer.decode([1, *expected.encode("a horse"), 2]) == "<s>a horse</s>"
+    # A row of the model behind the last piece.
+    assert tokenizer.decode([len(tokenizer) + 3]) == "<unk>"

@@ -54,6 +54,10 @@ class InternLMTokenizer(SentencePieceBackend):
         kwargs = {**kwargs, "special_tokens_pattern": "bos"}
         super().__init__(vocab_file=vocab_file, bos_token=bos_token, eos_token=eos_token, unk_token=unk_token, **kwargs)
 
+    def _convert_id_to_token(self, index):
+        # A model may have more rows than there are pieces, and says so while it has learnt little.
+        return super()._convert_id_to_token(index) if index < self.vocab_size else self.unk_token
+
     def convert_tokens_to_string(self, tokens):
         """str: Text of some pieces; characters that are written as bytes are put together."""
         text, pieces, special = "", [], set(self.added_tokens_encoder)
