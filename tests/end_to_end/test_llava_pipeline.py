@@ -177,6 +177,24 @@ def test_a_quantised_language_model_is_refused_by_name(place, trained, capsys):
         assert f"--save-format {kind} can not hold the language model {folder}, whose weights are quantised" in message
 
 
+def test_an_internlm_is_written_as_the_llama_that_it_is(place, trained, capsys):
+    folder = place / "as_published"
+    shutil.copytree(place / LLM, folder)
+    raw = json.loads((folder / "config.json").read_text())
+    code = {"AutoConfig": "configuration_internlm.X", "AutoModelForCausalLM": "modeling_internlm.X"}
+    raw.update(model_type="internlm", bias=True, rotary={"base": 10000, "type": "dynamic"}, auto_map=code)
+    (folder / "config.json").write_text(json.dumps({key: raw[key] for key in raw if key != "rope_parameters"}))
+    options = ("--cfg-options", f"model.llm.pretrained_model_name_or_path={folder}")
+    message = refusal(place, capsys, FINETUNE, trained[1], place / "never", "--save-format", "official", *options)
+    assert "--save-format official can not hold InternLMForCausalLM, which has biases" in message
+    assert not (place / "never").exists()
+    out = place / "internlm_whole"
+    assert convert(place, FINETUNE, trained[1], out, "--save-format", "huggingface", *options) == 0
+    text = LlavaForConditionalGeneration.from_pretrained(out).config.text_config
+    assert (text.model_type, text.attention_bias, text.rope_parameters["rope_type"]) == ("llama", True, "dynamic")
+    assert "auto_map" not in (out / "config.json").read_text()
+
+
 @pytest.fixture(scope="module")
 def merged(place, converted):
     """Folders of language model and tower with their adapters merged."""
@@ -205,15 +223,15 @@ def test_merged_parts_are_the_parts(place, converted, merged, monkeypatch):
 
 # ---------------------------------------------------------------- one that learns, around a hybrid
 
-STEPS = {"hybrid_pretrain": 40, "hybrid_finetune": 120}
+STEPS = {"hybrid_pretrain": 40, "hybrid_finetune": 160}
 
 
 @pytest.fixture(scope="module")
 def learnt(tmp_path_factory):
     """Folder in which a hybrid's LLaVA was pretrained and finetuned, and its folder ``hf``."""
     folder = tmp_path_factory.mktemp("learnt")
-    options = ["prepare_data.0.views=1", "prepare_data.0.choices=2", "train_dataloader.batch_size=8"]
-    options += ["default_hooks.checkpoint.interval=40", "custom_hooks.1.every_n_iters=1000"]
+    options = ["prepare_data.0.views=1", "prepare_data.0.choices=8", "train_dataloader.batch_size=8"]
+    options += ["default_hooks.checkpoint.interval=100"]
     for stage, steps in STEPS.items():
         length = [f"train_cfg.max_iters={steps}", f"param_scheduler.1.end={steps}"]
         result = xtuner(folder, "train", f"llava/photographs/{stage}", "--cfg-options", *options, *length)
@@ -228,7 +246,7 @@ def learnt(tmp_path_factory):
 def test_both_stages_learn(learnt):
     runs = learnt / "work_dirs" / "llava_photographs"
     first, second = losses(runs / "hybrid_pretrain"), losses(runs / "hybrid_finetune")
-    assert first[0] > 5 and first[-1] < 4
+    assert first[0] > 5 and first[-1] < 4.7
     assert second[-1] < 0.1
 
 
@@ -236,6 +254,7 @@ def test_a_hybrids_chat_answers_in_several_turns(learnt):
     data = "work_dirs/llava_photographs/data/images"
     command = ["chat", "hf", "--visual-encoder", "work_dirs/llava_photographs/parts/clip", "--llava", "hf"]
     command += ["--prompt-template", "internlm_chat", "--visual-select-layer", "-2", "--image", f"{data}/horse_0.png"]
+    command += ["--max-new-tokens", "8"]
     questions = "What is in the picture?\n\nSay hello.\n\nRESET\n\nWhat do you see?\n\nEXIT\n\n"
     result = xtuner(learnt, *command, input=questions)
     assert result.returncode == 0, result.stderr[-2000:]

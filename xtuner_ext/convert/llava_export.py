@@ -145,9 +145,8 @@ def refuse_format(config, save_format):
             "--save-format xtuner"
         )
     if config.model.get("projector_depth", 2) != 2:
-        raise UserError(
-            f"--save-format {save_format} can not hold a projector of {config.model.projector_depth} layers, only of 2"
-        )
+        depth = config.model.projector_depth
+        raise UserError(f"--save-format {save_format} can not hold a projector of {depth} layers, only of 2")
     kind = raw.get("model_type")
     if save_format == "official" and kind == HybridVLConfig.model_type:
         raise UserError(
@@ -273,7 +272,7 @@ def write_huggingface(model, config, out, dtype, max_shard_size):
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
     clip = isinstance(tower, CLIPVisionModel)
     fields = LlavaConfig(
-        text_config=llm.config.to_dict(),
+        text_config=_text_fields(llm),
         vision_config=tower.config.to_dict(),
         image_token_index=image,
         image_seq_length=_tower_tokens(tower.config),
@@ -308,6 +307,15 @@ def write_huggingface(model, config, out, dtype, max_shard_size):
         check_parity("the written model", relative_difference(expected, found), PARITY_TOLERANCE, out)
 
 
+def _text_fields(llm):
+    fields = llm.config.to_dict()
+    if isinstance(llm, LlamaForCausalLM):
+        # InternLM is one by another name, which transformers does not know.
+        fields = {key: value for key, value in fields.items() if key not in ("auto_map", "bias", "rotary")}
+        fields["model_type"] = LlamaForCausalLM.config_class.model_type
+    return fields
+
+
 def _native_llava(model, fields):
     with init_empty_weights():
         whole = LlavaForConditionalGeneration(fields)
@@ -322,7 +330,7 @@ def _native_llava(model, fields):
         whole.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
         kind = type(model.llm).__name__
-        reason = str(error).splitlines()[-1].strip()
+        reason = str(error).splitlines()[1].strip()
         raise UserError(f"--save-format huggingface can not hold a {kind}: {reason}") from error
     whole.tie_weights()
     return whole.eval()
@@ -403,6 +411,10 @@ def write_official(model, config, out, dtype, max_shard_size):
                 f"--save-format official can not hold a {type(part).__name__}, only a {wanted.__name__}: "
                 "use huggingface"
             )
+    if llm.config.attention_bias:
+        raise UserError(
+            f"--save-format official can not hold {type(llm).__name__}, which has biases in its attention: use huggingface"
+        )
     for part in (llm, model.projector, *([tower] if tuned else [])):
         _rounded(part, dtype)
     expected = probe(model)
