@@ -587,7 +587,7 @@ def train_one_dtype_under_zero3(deepspeed_strategy):
 
 
 def gather_mixers_under_zero3(deepspeed_strategy):
-    """Tells ZeRO-3 that a mixer reads its convolution's and norms' weights itself, which DeepSpeed learns in training.
+    """Tells ZeRO-3 that a mixer reads its convolution's and norms' weights itself.
 
     DeepSpeed learns that in training alone: a chat before the first iteration, which XTuner's hook holds, would
     meet empty weights. Not a repair of anything upstream.
