@@ -413,7 +413,7 @@ def write_official(model, config, out, dtype, max_shard_size):
             )
     if llm.config.attention_bias:
         raise UserError(
-            f"--save-format official can not hold {type(llm).__name__}, which has biases in its attention: use huggingface"
+            f"--save-format official can not hold {type(llm).__name__}, which has attention biases: use huggingface"
         )
     for part in (llm, model.projector, *([tower] if tuned else [])):
         _rounded(part, dtype)

@@ -135,7 +135,7 @@ def assemble(llm, tower, projector, tokenizer, select_layer=-2):
     expected = {"0.weight": (width, wide), "0.bias": (width,), "2.weight": (width, width), "2.bias": (width,)}
     if shapes != expected:
         raise UserError(
-            f"the projector has weights of the shapes {shapes}, expected {expected} between a tower of width {wide} and "
+            f"the projector has weights of the shapes {shapes}, expected {expected} for a tower of width {wide} and "
             f"a language model of width {width}"
         )
     config.image_token_id = image_token(tokenizer)
