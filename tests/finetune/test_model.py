@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from mmengine.logging import MessageHub
 import torch.nn.functional as F
+from mmengine.logging import MessageHub
 
 from xtuner_ext.convert import load_teacher
 from xtuner_ext.errors import UserError
