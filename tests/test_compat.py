@@ -262,6 +262,21 @@ class TestWarmup:
         assert rates[0] == pytest.approx(1e-5) and rates[2] == pytest.approx(1.0) and rates[-1] < 0.01
 
 
+@pytest.mark.parametrize("trains, asked", [(True, False), (False, True), (False, False)])
+def test_unused_layers_are_looked_for_where_a_tower_trains_or_it_is_asked(trains, asked):
+    from xtuner.model import LLaVAModel
+
+    class Wrapper:
+        def __init__(self, module, **kwargs):
+            self.kwargs = kwargs
+
+    compat.look_for_unused_llava_layers(SimpleNamespace(MMDistributedDataParallel=Wrapper))
+    model = LLaVAModel.__new__(LLaVAModel)
+    torch.nn.Module.__init__(model)
+    model.visual_encoder = torch.nn.Linear(2, 2).requires_grad_(trains)
+    assert Wrapper(model, find_unused_parameters=asked).kwargs["find_unused_parameters"] is (trains or asked)
+
+
 def test_small_data_sets_are_tokenised_without_forks():
     calls = []
     module = SimpleNamespace(process_hf_dataset=lambda dataset, **kwargs: calls.append(kwargs["map_num_proc"]))
@@ -307,7 +322,8 @@ class TestOneDtypeUnderZero3:
     def wrap(self, stage, **precision):
         model = torch.nn.ModuleDict({"adapter": torch.nn.Linear(2, 2), "frozen": torch.nn.Linear(2, 2)})
         model["frozen"].requires_grad_(False)
-        module = SimpleNamespace(DeepSpeedStrategy=type("DeepSpeedStrategy", (), {"_wrap_model": lambda self, model: model}))
+        strategy = type("DeepSpeedStrategy", (), {"_wrap_model": lambda self, model: model})
+        module = SimpleNamespace(DeepSpeedStrategy=strategy)
         compat.train_one_dtype_under_zero3(module)
         strategy = module.DeepSpeedStrategy()
         strategy.config = {"zero_optimization": {"stage": stage}, **precision}

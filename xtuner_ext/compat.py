@@ -172,8 +172,8 @@ def wrap_cpu_models_without_device_ids(distributed):
 def look_for_unused_llava_layers(distributed):
     """Lets LLaVA's vision tower train on several processes without DeepSpeed.
 
-    Repairs: xtuner 0.2.0 model/llava.py:337, which reads the tower's last layer but one, so that the last one's adapters
-    never have a gradient; DistributedDataParallel stops unless it is told to look. Needed until: none yet.
+    Repairs: xtuner 0.2.0 model/llava.py:337, which reads the tower's last layer but one, so that adapters of the last
+    one never have a gradient; DistributedDataParallel stops unless it is told to look. Needed until: none yet.
     """
     wrapper = distributed.MMDistributedDataParallel
     original = wrapper.__init__
@@ -182,8 +182,8 @@ def look_for_unused_llava_layers(distributed):
     def __init__(self, module, *args, **kwargs):
         llava = sys.modules.get("xtuner.model.llava")
         if llava is not None and isinstance(module, llava.LLaVAModel):
-            tower = module.visual_encoder
-            kwargs["find_unused_parameters"] = any(parameter.requires_grad for parameter in tower.parameters())
+            if any(parameter.requires_grad for parameter in module.visual_encoder.parameters()):
+                kwargs["find_unused_parameters"] = True
         original(self, module, *args, **kwargs)
 
     wrapper.__init__ = __init__
@@ -221,7 +221,8 @@ def train_mixed_on_cpu(amp_optimizer_wrapper):
             with original_context(self, model):
                 yield
         else:
-            with super(wrapper, self).optim_context(model), torch.autocast("cpu", dtype=self.cast_dtype or torch.float16):
+            dtype = self.cast_dtype or torch.float16
+            with super(wrapper, self).optim_context(model), torch.autocast("cpu", dtype=dtype):
                 yield
 
     wrapper.__init__, wrapper.optim_context = __init__, optim_context
@@ -431,8 +432,8 @@ def give_projector_tied_keys(modeling_projector):
 def checkpoint_projector_in_the_new_way(modeling_projector):
     """Recomputes LLaVA's projector through the function that transformers hands out.
 
-    Repairs: xtuner 0.2.0 model/modules/projector/modeling_projector.py:41, which transformers 5 warns about each time, and
-    :48, whose missing `use_reentrant` torch will refuse. Needed until: none yet.
+    Repairs: xtuner 0.2.0 model/modules/projector/modeling_projector.py:41, which transformers 5 warns about each time,
+    and :48, whose missing `use_reentrant` torch will refuse. Needed until: none yet.
     """
     projector = modeling_projector.ProjectorModel
 
@@ -553,9 +554,9 @@ def fill_onebit_optimizers(onebit):
 def keep_four_bits_differentiable(bitsandbytes_modules):
     """Leaves 4-bit weights of a CPU in the layout that can be trained through.
 
-    Repairs: bitsandbytes 0.50.2 nn/modules.py:594, which on CPUs with AVX512-bf16 rearranges weights at the first forward
-    pass in evaluation mode; gradients of later training end at such a layer without a word, and layers whose width is no
-    multiple of 32 fail. Needed until: none yet.
+    Repairs: bitsandbytes 0.50.2 nn/modules.py:594, which on CPUs with AVX512-bf16 rearranges weights at the first
+    forward pass in evaluation mode; gradients of later training end at such a layer without a word, and layers whose
+    width is no multiple of 32 fail. Needed until: none yet.
     """
     bitsandbytes_modules.has_avx512bf16 = lambda: False
 
@@ -563,8 +564,8 @@ def keep_four_bits_differentiable(bitsandbytes_modules):
 def train_one_dtype_under_zero3(deepspeed_strategy):
     """Casts what trains to the precision of the run before ZeRO-3 lays it end to end.
 
-    Repairs: xtuner 0.2.0 engine/_strategy/deepspeed.py:24, which hands fp32 adapters over beside half-precision weights;
-    DeepSpeed 0.19 asserts one dtype. Needed until: none yet.
+    Repairs: xtuner 0.2.0 engine/_strategy/deepspeed.py:24, which hands fp32 adapters over beside half-precision
+    weights; DeepSpeed 0.19 asserts one dtype. Needed until: none yet.
     """
     import torch
 
@@ -586,10 +587,10 @@ def train_one_dtype_under_zero3(deepspeed_strategy):
 
 
 def gather_mixers_under_zero3(deepspeed_strategy):
-    """Tells ZeRO-3 that a mixer reads its convolution's and norms' weights itself, which DeepSpeed learns in training alone.
+    """Tells ZeRO-3 that a mixer reads its convolution's and norms' weights itself.
 
-    A chat before the first iteration, which XTuner's hook holds, would meet empty weights. Not a repair of anything
-    upstream.
+    DeepSpeed learns that in training alone: a chat before the first iteration, which XTuner's hook holds, would
+    meet empty weights. Not a repair of anything upstream.
     """
     strategy = deepspeed_strategy.DeepSpeedStrategy
     original = strategy._wrap_model

@@ -1,6 +1,7 @@
 """Trains a projector from CLIP to a distilled hybrid language model.
 
-$ NPROC_PER_NODE=8 xtuner train llava/llava_hybrid_7b_clip_vit_large_p14_336_e1_gpu8_pretrain --deepspeed deepspeed_zero2
+$ NPROC_PER_NODE=8 xtuner train llava/llava_hybrid_7b_clip_vit_large_p14_336_e1_gpu8_pretrain \\
+    --deepspeed deepspeed_zero2
 """
 
 from mmengine.hooks import CheckpointHook, DistSamplerSeedHook, IterTimerHook, LoggerHook, ParamSchedulerHook

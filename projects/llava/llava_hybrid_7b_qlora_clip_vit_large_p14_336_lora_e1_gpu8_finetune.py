@@ -1,4 +1,4 @@
-"""Instruction tuning of a distilled hybrid language model in 4 bits with adapters on it and on CLIP, after the pretraining.
+"""Instruction tuning of a distilled hybrid in 4 bits with adapters on it and on CLIP, after the pretraining.
 
 $ NPROC_PER_NODE=8 xtuner train llava/llava_hybrid_7b_qlora_clip_vit_large_p14_336_lora_e1_gpu8_finetune \\
     --deepspeed deepspeed_zero2

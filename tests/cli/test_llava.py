@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from xtuner_ext.cli.chat import belongs_to_stock, open_picture, words_of_several_tokens
@@ -64,6 +65,19 @@ def test_who_serves_a_llava(tmp_path):
     assert not command("llama") and not command("hybrid_vl", "--visual-select-layer", "-2")
     # Models that no key map covers, and options that only XTuner has.
     assert command("internlm") and command("phi3") and command("llama", "--bits", "4")
+
+
+def test_remote_code_is_off_unless_asked(monkeypatch):
+    """The parts themselves are tests/convert/test_llava_parts.py's matter."""
+    from xtuner_ext.cli import llava
+    from xtuner_ext.cli.chat import parse_args
+    from xtuner_ext.convert import llava_parts
+
+    asked = []
+    monkeypatch.setattr(llava_parts, "load_llava", lambda *args: asked.append(args[-1]) or (torch.nn.Identity(), None))
+    for option in ([], ["--trust-remote-code"]):
+        llava.load_llava_model(parse_args(["llm", "--llava", "hf", *option]))
+    assert asked == [False, True]
 
 
 def test_a_picture_out_of_reach(monkeypatch):

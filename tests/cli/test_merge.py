@@ -57,6 +57,43 @@ def test_convert_merge_of_a_llama(llama, tmp_path):
     assert run(["convert", "merge", *folders]) == 0
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_convert_merge_of_a_llama_in_half_precision(llama, tmp_path, capsys, dtype):
+    """The written model's logits are compared with the merged one's, both in that precision."""
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=dtype)
+    model.save_pretrained(tmp_path / "base")
+    assert run(["convert", "merge", *(str(tmp_path / name) for name in ("base", "adapter", "out"))]) == 0
+    assert dtype in capsys.readouterr().out
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == getattr(torch, dtype)
+
+
+def test_a_folders_own_code_runs_only_where_it_is_allowed(llama, tmp_path, capsys):
+    base, out = tmp_path / "base", tmp_path / "out"
+    folders = [str(base), str(tmp_path / "adapter"), str(out)]
+    lines = ["import pathlib", f"pathlib.Path({str(tmp_path / 'ran')!r}).touch()"]
+    lines += ["from transformers import PreTrainedTokenizerFast", "class Mine(PreTrainedTokenizerFast): pass"]
+    (base / "tokenization_mine.py").write_text("\n".join(lines))
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    settings.update(tokenizer_class="Mine", auto_map={"AutoTokenizer": ["tokenization_mine.Mine", None]})
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert run(["convert", "merge", *folders]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and str(base) in message and "--trust-remote-code" in message
+    assert not (tmp_path / "ran").exists() and not out.exists()
+    assert run(["convert", "merge", *folders, "--trust-remote-code"]) == 0
+    assert (tmp_path / "ran").exists() and out.is_dir()
+
+
+def test_a_models_own_code_is_not_run_either(llama, tmp_path, capsys):
+    raw = json.loads((tmp_path / "base" / "config.json").read_text())
+    code = {"AutoConfig": "configuration_mine.Mine", "AutoModelForCausalLM": "modeling_mine.Mine"}
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**raw, "model_type": "mine", "auto_map": code}))
+    assert run(["convert", "merge", *(str(tmp_path / name) for name in ("base", "adapter", "out"))]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and str(tmp_path / "base") in message and "--trust-remote-code" in message
+    assert not (tmp_path / "out").exists()
+
+
 def test_convert_merge_of_a_vision_tower(tmp_path):
     config = CLIPVisionConfig(
         hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3, image_size=16, patch_size=4
@@ -86,7 +123,7 @@ def test_convert_merge_of_a_vision_tower(tmp_path):
         (["convert", "merge", "gone", "adapter", "out"], "gone is not a folder"),
         (["convert", "merge", "base", "empty", "out"], "empty has no adapter_config.json"),
         (["convert", "merge", "other", "adapter", "out", "--is-clip"], "other does not hold the weights of a CLIPVisionModel"),
-        (["convert", "merge", "own code", "adapter", "out"], "own code does not load"),
+        (["convert", "merge", "own code", "adapter", "out"], "own code has no tokenizer that loads"),
         (["convert", "merge", "base", "adapter", "base"], "writing base would remove base, which is merged"),
         (["merge", "adapter", "adapter", "--base", "base"], "writing adapter would remove adapter, which is merged"),
         (["merge", "adapter", "out"], "adapter_config.json names gone, which does not exist, as its base model"),

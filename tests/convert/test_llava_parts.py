@@ -108,7 +108,8 @@ def converted(parts, tmp_path):
     """Folder as ``convert pth_to_hf`` writes it for a projector alone."""
     from xtuner.model.modules import ProjectorConfig, ProjectorModel
 
-    ProjectorModel(ProjectorConfig(visual_hidden_size=64, llm_hidden_size=32)).save_pretrained(tmp_path / "hf" / "projector")
+    projector = ProjectorModel(ProjectorConfig(visual_hidden_size=64, llm_hidden_size=32))
+    projector.save_pretrained(tmp_path / "hf" / "projector")
     return tmp_path / "hf"
 
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoProcessor, LlavaForConditionalGeneration
-from transformers import AutoProcessor as NativeProcessor
 
 from xtuner_ext.cli.main import run as xtuner_ext
 from xtuner_ext.convert.small_llava import make_small_parts
@@ -70,11 +69,13 @@ def trained(place):
 
 @pytest.fixture(scope="module")
 def converted(place, trained):
-    """Folders of the finetuned model by format."""
+    """Folders of the finetuned model by format, in fp32."""
     folders = {}
+    # The config rounds the language model's weights to fp16, which readers of adapters do not.
+    options = ("--fp32", "--cfg-options", "model.llm.torch_dtype=torch.float32")
     for kind in ("xtuner", "huggingface", "official"):
         folders[kind] = place / f"epoch_1_{kind}"
-        assert convert(place, FINETUNE, trained[1], folders[kind], "--save-format", kind) == 0
+        assert convert(place, FINETUNE, trained[1], folders[kind], "--save-format", kind, *options) == 0
     return folders
 
 
@@ -103,7 +104,7 @@ def test_a_pretrained_projector_is_converted_alone(place, trained):
 
 def test_transformers_answers_from_its_format(place, converted):
     model = LlavaForConditionalGeneration.from_pretrained(converted["huggingface"])
-    processor = NativeProcessor.from_pretrained(converted["huggingface"])
+    processor = AutoProcessor.from_pretrained(converted["huggingface"])
     assert processor.image_processor.do_pad  # as the finetuning data were
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is in the picture?"}]}]
     text = processor.apply_chat_template(messages)
@@ -139,7 +140,7 @@ def test_all_formats_give_the_same_logits(place, converted, monkeypatch):
     # The rows of <image> and of padding are nobody's words.
     rows = parts.config.image_token_id
     logits = [probe_logits(model)[..., :rows] for model in (parts, whole)]
-    assert relative_difference(*logits) < 2e-3  # the adapters were rounded to fp16, or their product was
+    assert relative_difference(*logits) < 1e-4
     native.config.vocab_size = whole.config.vocab_size
     assert relative_difference(logits[1], probe_logits(native)[..., :rows]) < 1e-5
 
@@ -176,6 +177,24 @@ def test_a_quantised_language_model_is_refused_by_name(place, trained, capsys):
         assert f"--save-format {kind} can not hold the language model {folder}, whose weights are quantised" in message
 
 
+def test_an_internlm_is_written_as_the_llama_that_it_is(place, trained, capsys):
+    folder = place / "as_published"
+    shutil.copytree(place / LLM, folder)
+    raw = json.loads((folder / "config.json").read_text())
+    code = {"AutoConfig": "configuration_internlm.X", "AutoModelForCausalLM": "modeling_internlm.X"}
+    raw.update(model_type="internlm", bias=True, rotary={"base": 10000, "type": "dynamic"}, auto_map=code)
+    (folder / "config.json").write_text(json.dumps({key: raw[key] for key in raw if key != "rope_parameters"}))
+    options = ("--cfg-options", f"model.llm.pretrained_model_name_or_path={folder}")
+    message = refusal(place, capsys, FINETUNE, trained[1], place / "never", "--save-format", "official", *options)
+    assert "--save-format official can not hold InternLMForCausalLM, which has biases" in message
+    assert not (place / "never").exists()
+    out = place / "internlm_whole"
+    assert convert(place, FINETUNE, trained[1], out, "--save-format", "huggingface", *options) == 0
+    text = LlavaForConditionalGeneration.from_pretrained(out).config.text_config
+    assert (text.model_type, text.attention_bias, text.rope_parameters["rope_type"]) == ("llama", True, "dynamic")
+    assert "auto_map" not in (out / "config.json").read_text()
+
+
 @pytest.fixture(scope="module")
 def merged(place, converted):
     """Folders of language model and tower with their adapters merged."""
@@ -204,14 +223,14 @@ def test_merged_parts_are_the_parts(place, converted, merged, monkeypatch):
 
 # ---------------------------------------------------------------- one that learns, around a hybrid
 
-STEPS = {"hybrid_pretrain": 60, "hybrid_finetune": 200}
+STEPS = {"hybrid_pretrain": 40, "hybrid_finetune": 160}
 
 
 @pytest.fixture(scope="module")
 def learnt(tmp_path_factory):
     """Folder in which a hybrid's LLaVA was pretrained and finetuned, and its folder ``hf``."""
     folder = tmp_path_factory.mktemp("learnt")
-    options = ["prepare_data.0.views=1", "prepare_data.0.choices=8", "train_dataloader.batch_size=16"]
+    options = ["prepare_data.0.views=1", "prepare_data.0.choices=8", "train_dataloader.batch_size=8"]
     options += ["default_hooks.checkpoint.interval=100"]
     for stage, steps in STEPS.items():
         length = [f"train_cfg.max_iters={steps}", f"param_scheduler.1.end={steps}"]
@@ -227,7 +246,7 @@ def learnt(tmp_path_factory):
 def test_both_stages_learn(learnt):
     runs = learnt / "work_dirs" / "llava_photographs"
     first, second = losses(runs / "hybrid_pretrain"), losses(runs / "hybrid_finetune")
-    assert first[0] > 5 and first[-1] < 4
+    assert first[0] > 5 and first[-1] < 4.7
     assert second[-1] < 0.1
 
 
@@ -235,6 +254,7 @@ def test_a_hybrids_chat_answers_in_several_turns(learnt):
     data = "work_dirs/llava_photographs/data/images"
     command = ["chat", "hf", "--visual-encoder", "work_dirs/llava_photographs/parts/clip", "--llava", "hf"]
     command += ["--prompt-template", "internlm_chat", "--visual-select-layer", "-2", "--image", f"{data}/horse_0.png"]
+    command += ["--max-new-tokens", "8"]
     questions = "What is in the picture?\n\nSay hello.\n\nRESET\n\nWhat do you see?\n\nEXIT\n\n"
     result = xtuner(learnt, *command, input=questions)
     assert result.returncode == 0, result.stderr[-2000:]
@@ -317,8 +337,8 @@ def test_deepspeed_trains_resumes_and_is_converted(place, trained, stage, capsys
 @needs_deepspeed
 def test_a_hybrid_trains_whole_with_its_weights_spread(learnt):
     """It also chats before the first iteration, when DeepSpeed has not seen who reads which weight."""
-    options = ["prepare_data.0.views=1", "prepare_data.0.choices=8", "train_cfg.max_iters=4", "param_scheduler.1.end=12"]
-    options += ["default_hooks.checkpoint.interval=4", "train_dataloader.batch_size=4"]
+    options = ["prepare_data.0.views=1", "prepare_data.0.choices=2", "train_cfg.max_iters=4"]
+    options += ["param_scheduler.1.end=12", "default_hooks.checkpoint.interval=4", "train_dataloader.batch_size=4"]
     work_dir = "work_dirs/llava_photographs/spread"
     command = ["train", "llava/photographs/hybrid_finetune", "--deepspeed", "deepspeed_zero3", "--work-dir", work_dir]
     result = xtuner(learnt, *command, "--cfg-options", *options, variables={"NPROC_PER_NODE": "2"})

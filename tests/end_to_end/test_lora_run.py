@@ -118,11 +118,6 @@ def test_two_processes_do_what_one_does(train, alone, tmp_path):
     assert_same_run(alone, train("habitat_lora", tmp_path / "two", *STEPS, processes=2, iterations=4))
 
 
-def test_the_batch_may_also_be_taken_at_once(train, alone, tmp_path):
-    options = [*STEPS, "train_dataloader.batch_size=8"]
-    assert_same_run(alone, train("habitat_lora", tmp_path / "run", *options, iterations=4))
-
-
 def test_a_resumed_run_ends_in_the_same_bits(train, alone, tmp_path):
     again = tmp_path / "again"
     again.mkdir()

@@ -3,9 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from mmengine.logging import MessageHub
 
+from xtuner_ext.convert import load_teacher
 from xtuner_ext.errors import UserError
-from xtuner_ext.finetune.model import REDUCTIONS
+from xtuner_ext.finetune.model import REDUCTIONS, SupervisedModel
 
 LORA = dict(language=dict(r=4), mixers=dict(r=4), vision=dict(r=4), dropout=0.0)
 # Tiles, text tokens, trained tokens.
@@ -124,7 +126,8 @@ def test_a_loss_that_is_no_number_stops_the_run(build, student, batch):
     model = build(student, lora=LORA).train()
     with torch.no_grad():
         model.llm.model.norm.weight.fill_(float("nan"))
-    with pytest.raises(UserError, match="the loss is nan at iteration 1"):
+    MessageHub.get_current_instance().update_info("iter", 4)
+    with pytest.raises(UserError, match="the loss is nan at iteration 5"):
         model.parse_losses(model.compute_loss(**batch(model.llm, *SAMPLES)))
 
 
@@ -143,3 +146,12 @@ def test_describe_can_be_kept_in_a_checkpoint(build, student, tmp_path):
     model = build(student, lora=ConfigDict(LORA), quantization=ConfigDict(bits=4))
     torch.save(model.describe(), tmp_path / "x.pth")
     assert torch.load(tmp_path / "x.pth", weights_only=True)["lora"]["mixers"] == {"r": 4}
+
+
+@pytest.mark.parametrize("freeze", [dict(vision=False), dict(unfreeze_vit_layers=1), dict(projector=False, head=False)])
+def test_parts_train_in_fp32_beside_frozen_bf16_ones(student, batch, freeze):
+    llm = dict(type=load_teacher, pretrained_model_name_or_path=str(student), dtype="bfloat16")
+    model = SupervisedModel(llm=llm, lora=dict(language=dict(r=4)), freeze=freeze, trainable_dtype="float32").train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model.compute_loss(**batch(model.llm, (1, 9, 4), (0, 12, 3)))["loss"].backward()
+    assert all(p.grad.abs().sum() > 0 for n, p in model.named_parameters() if p.requires_grad and ".lora_A." not in n)

@@ -20,7 +20,7 @@ def parse_args(argv):
     parser.add_argument("model_name_or_path", help="folder of a student or of a supported teacher")
     parser.add_argument("--llava", help="folder that `convert pth_to_hf` made of a LLaVA with this language model")
     parser.add_argument("--visual-encoder", help="with --llava: folder of the vision tower, where it was not tuned")
-    parser.add_argument("--visual-select-layer", type=int, default=-2, help="with --llava: layer of the tower that is read")
+    parser.add_argument("--visual-select-layer", type=int, default=-2, help="with --llava: layer of the tower to read")
     parser.add_argument("--adapter", help="folder of an adapter that was tuned beside this model")
     parser.add_argument("--image", action="append", default=[], help="image of the first question; may be repeated")
     parser.add_argument("--prompt", help="ask this once, print the answer and leave")

@@ -45,8 +45,7 @@ def load_llava_model(args):
         args.visual_encoder,
         args.visual_select_layer,
         dtype,
-        # XTuner's chat asks nobody either.
-        trust_remote_code=True,
+        args.trust_remote_code,
     )
     return model.to(device), processor
 

@@ -39,6 +39,7 @@ OWN_VERBS = {
     "merge": ("merge", "merge a tuned adapter into its base model"),
     "convert merge": ("convert", "merge an adapter into its base model"),
     "convert split": ("convert", "split a model into smaller shards"),
+    "mmbench": ("mmbench", "score a LLaVA model on MMBench"),
 }
 
 # Verb -> (file under xtuner/, help line). Verbs that are also in the table above end up here when
@@ -55,7 +56,7 @@ STOCK_VERBS = {
     "log-dataset": ("tools/log_dataset.py", "print a sample of a config's data set"),
     "check-custom-dataset": ("tools/check_custom_dataset.py", "check a config's text data set"),
     "list-dataset-format": ("tools/list_dataset_format.py", "list the data formats of xtuner"),
-    "mmbench": ("tools/mmbench.py", "score a LLaVA model on MMBench"),
+    "mmbench": ("tools/mmbench.py", ""),
     "eval_refcoco": ("tools/eval_refcoco.py", "score a LLaVA model on RefCOCO"),
     "preprocess arxiv": ("tools/data_preprocess/arxiv.py", "filter the arXiv dump"),
     "preprocess refcoco": ("tools/data_preprocess/convert_refcoco.py", "convert RefCOCO annotations"),

@@ -139,14 +139,14 @@ def stock_merge(argv):
     parser.add_argument("--is-clip", action="store_true", help="the base is a CLIP vision tower")
     parser.add_argument("--safe-serialization", action="store_true", help="accepted; safetensors is always written")
     parser.add_argument("--device", default="cpu", choices=("cuda", "cpu", "npu", "auto"), help="ignored: a CPU merges")
-    parser.add_argument("--trust-remote-code", action="store_true", help="accepted; as XTuner's, this verb does so")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the base folder's own code")
     args = parser.parse_args(argv)
     for folder in (args.model_name_or_path, args.adapter_name_or_path):
         if not os.path.isdir(folder):
             raise UserError(f"{folder} is not a folder, expected one of a model and one of its adapter")
     if not os.path.isfile(os.path.join(args.save_dir, "preprocessor_config.json")):
         refuse_foreign_folder(args.save_dir)
-    options = dict(max_shard_size=args.max_shard_size, trust_remote_code=True)
+    options = dict(max_shard_size=args.max_shard_size, trust_remote_code=args.trust_remote_code)
     paths = (args.model_name_or_path, args.adapter_name_or_path, args.save_dir)
     announce((_merge_clip if args.is_clip else _merge_language_model)(*paths, **options), args.save_dir)
     return 0
@@ -154,10 +154,11 @@ def stock_merge(argv):
 
 def _merge_language_model(base, adapter, out, max_shard_size, trust_remote_code):
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     from ..convert.checkpoint import read_config_json
     from ..convert.merge import BASE_FILE, merge_adapter, merge_transformers
+    from ..convert.teacher import read_tokenizer
     from ..modeling import HybridVLConfig
 
     raw = read_config_json(base)
@@ -165,20 +166,20 @@ def _merge_language_model(base, adapter, out, max_shard_size, trust_remote_code)
         # Ours, or an adapter that we trained beside a model in our class.
         return merge_adapter(adapter, out, base, max_shard_size=max_shard_size, trust_remote_code=trust_remote_code)
 
+    # Before the work, which is in vain where it does not load.
+    tokenizer = read_tokenizer(base, trust_remote_code)
+
     @torch.no_grad()
     def probe(model):
         ids = torch.randint(0, model.config.vocab_size, (1, 48), generator=torch.Generator().manual_seed(0))
         return model(input_ids=ids).logits.float()
-
-    def write_processor(folder):
-        AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code).save_pretrained(folder)
 
     return merge_transformers(
         AutoModelForCausalLM,
         base,
         adapter,
         out,
-        write_processor,
+        tokenizer.save_pretrained,
         probe,
         max_shard_size,
         trust_remote_code=trust_remote_code,

@@ -273,7 +273,7 @@ def _tower_folder(raw, where):
 
 
 def read_image_processor(folder):
-    """tuple[dict, Path | None]: Settings of transformers' image processor in a folder, and their file; empty without one."""
+    """tuple[dict, Path | None]: Settings of transformers' image processor in a folder, and their file; or empty."""
     # transformers 5 may keep them inside the processor's file.
     for name, section in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
         path = folder / name

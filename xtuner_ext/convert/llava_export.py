@@ -145,7 +145,8 @@ def refuse_format(config, save_format):
             "--save-format xtuner"
         )
     if config.model.get("projector_depth", 2) != 2:
-        raise UserError(f"--save-format {save_format} can not hold a projector of {config.model.projector_depth} layers, only of 2")
+        depth = config.model.projector_depth
+        raise UserError(f"--save-format {save_format} can not hold a projector of {depth} layers, only of 2")
     kind = raw.get("model_type")
     if save_format == "official" and kind == HybridVLConfig.model_type:
         raise UserError(
@@ -156,7 +157,9 @@ def refuse_format(config, save_format):
     if save_format == "official" and tower_folder is not None and (tower_folder / "config.json").is_file():
         kind = read_config_json(tower_folder).get("model_type")
         if kind not in ("clip", "clip_vision_model"):
-            raise UserError(f"--save-format official can not hold the vision tower {tower_folder} of type {kind!r}, only CLIP")
+            raise UserError(
+                f"--save-format official can not hold the vision tower {tower_folder} of type {kind!r}, only CLIP"
+            )
 
 
 def write_parts(model, config, out, dtype, max_shard_size):
@@ -269,7 +272,7 @@ def write_huggingface(model, config, out, dtype, max_shard_size):
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
     clip = isinstance(tower, CLIPVisionModel)
     fields = LlavaConfig(
-        text_config=llm.config.to_dict(),
+        text_config=_text_fields(llm),
         vision_config=tower.config.to_dict(),
         image_token_index=image,
         image_seq_length=_tower_tokens(tower.config),
@@ -304,6 +307,15 @@ def write_huggingface(model, config, out, dtype, max_shard_size):
         check_parity("the written model", relative_difference(expected, found), PARITY_TOLERANCE, out)
 
 
+def _text_fields(llm):
+    fields = llm.config.to_dict()
+    if isinstance(llm, LlamaForCausalLM):
+        # InternLM is one by another name, which transformers does not know.
+        fields = {key: value for key, value in fields.items() if key not in ("auto_map", "bias", "rotary")}
+        fields["model_type"] = LlamaForCausalLM.config_class.model_type
+    return fields
+
+
 def _native_llava(model, fields):
     with init_empty_weights():
         whole = LlavaForConditionalGeneration(fields)
@@ -318,7 +330,8 @@ def _native_llava(model, fields):
         whole.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
         kind = type(model.llm).__name__
-        raise UserError(f"--save-format huggingface can not hold a {kind}: {str(error).splitlines()[1].strip()}") from error
+        reason = str(error).splitlines()[1].strip()
+        raise UserError(f"--save-format huggingface can not hold a {kind}: {reason}") from error
     whole.tie_weights()
     return whole.eval()
 
@@ -395,8 +408,13 @@ def write_official(model, config, out, dtype, max_shard_size):
     for part, wanted in ((llm, LlamaForCausalLM), (tower, CLIPVisionModel)):
         if not isinstance(part, wanted):
             raise UserError(
-                f"--save-format official can not hold a {type(part).__name__}, only a {wanted.__name__}; use huggingface"
+                f"--save-format official can not hold a {type(part).__name__}, only a {wanted.__name__}: "
+                "use huggingface"
             )
+    if llm.config.attention_bias:
+        raise UserError(
+            f"--save-format official can not hold {type(llm).__name__}, which has attention biases: use huggingface"
+        )
     for part in (llm, model.projector, *([tower] if tuned else [])):
         _rounded(part, dtype)
     expected = probe(model)
@@ -426,7 +444,8 @@ def write_official(model, config, out, dtype, max_shard_size):
 
 def _official_fields(text, tower, select_layer, tuned, dtype, pads):
     """config.json in the words of transformers 4, which LLaVA's own code stands on."""
-    fields = {key: value for key, value in text.to_dict().items() if key not in ("rope_parameters", "auto_map", "dtype")}
+    newer = ("rope_parameters", "auto_map", "dtype")
+    fields = {key: value for key, value in text.to_dict().items() if key not in newer}
     rope = dict(text.rope_parameters)
     kind = rope.pop("rope_type", "default")
     theta = rope.pop("rope_theta")

@@ -43,7 +43,7 @@ def make_llava(
         UserError: For parts that are missing or do not fit each other, or a folder that holds something else.
     """
     settings = {
-        **{"llm": str(llm), "visual_encoder": str(visual_encoder), "projector": None if projector is None else str(projector)},
+        **{"llm": str(llm), "visual_encoder": str(visual_encoder), "projector": projector and str(projector)},
         **{"select_layer": select_layer, "template": template, "pad": pad, "seed": seed},
     }
     if is_made(out, settings, "make_llava"):

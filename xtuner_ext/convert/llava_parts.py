@@ -135,8 +135,8 @@ def assemble(llm, tower, projector, tokenizer, select_layer=-2):
     expected = {"0.weight": (width, wide), "0.bias": (width,), "2.weight": (width, width), "2.bias": (width,)}
     if shapes != expected:
         raise UserError(
-            f"the projector has weights of the shapes {shapes}, expected {expected} between a tower of width {wide} and a "
-            f"language model of width {width}"
+            f"the projector has weights of the shapes {shapes}, expected {expected} for a tower of width {wide} and "
+            f"a language model of width {width}"
         )
     config.image_token_id = image_token(tokenizer)
     rows = max(config.vocab_size, config.image_token_id + 1)
@@ -154,8 +154,8 @@ def assemble(llm, tower, projector, tokenizer, select_layer=-2):
     if kind == "siglip":
         config.vision["tower_config"]["vision_use_head"] = False
     try:
-        vision = {f"vision.tower.{key}": tensor for key, tensor in tower.state_dict().items() if not key.startswith("head.")}
-        vision = mark_unread(config.vision, vision)
+        kept = {key: tensor for key, tensor in tower.state_dict().items() if not key.startswith("head.")}
+        vision = mark_unread(config.vision, {f"vision.tower.{key}": tensor for key, tensor in kept.items()})
     except ValueError as error:
         raise UserError(str(error)) from error
     state = {**decoder.state_dict(), **vision, **{f"vision.projector.{key}": tensor for key, tensor in weights.items()}}
@@ -236,7 +236,7 @@ def load_llava(llm, llava, visual_encoder=None, select_layer=-2, dtype=torch.flo
             raise UserError(f"--llava {llava} holds its own vision tower: leave --visual-encoder out")
         visual_encoder = folder / TOWER
     if visual_encoder is None:
-        raise UserError(f"--llava {llava} holds no vision tower: name the one that it was trained with by --visual-encoder")
+        raise UserError(f"--llava {llava} holds no vision tower: name the one of the training by --visual-encoder")
     tower_folder = local_folder(visual_encoder, "--visual-encoder")
     tower = load_tower(tower_folder, dtype)
     if (folder / TOWER_ADAPTER).is_dir():

@@ -18,7 +18,7 @@ from ..modeling import HybridVLForCausalLM
 from .checkpoint import find_dtype, read_json, read_state, weight_files, whole_folder
 from .export import PARITY_TOLERANCE, check_parity, probe_logits, relative_difference, write_model
 from .llama import ATTENTION, MIXER
-from .teacher import load_processor, load_teacher, read_model_config, resolve_folder
+from .teacher import load_processor, load_teacher, read_model_config, remote_hint, resolve_folder
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 # What our own adapters say of the model that they belong to.
@@ -304,12 +304,15 @@ def merge_transformers(model_class, base, adapter, out, write_processor, probe, 
     try:
         model, info = model_class.from_pretrained(base, dtype="auto", output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{base} does not load: {str(error).splitlines()[0]}") from error
+        hint = remote_hint(options.get("trust_remote_code", True))
+        raise UserError(f"{base} does not load: {str(error).splitlines()[0]}{hint}") from error
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{base} does not hold the weights of a {type(model).__name__}, the first is {missing[0]}")
     dtype = model.dtype
     merged, difference = merge_weights(model.float().eval(), config, state, adapter, probe)
-    merged = merged.to(dtype)
+    for parameter in merged.parameters():
+        # Not the model: its rotary frequencies are computed, not stored, and stay fp32.
+        parameter.data = parameter.data.to(dtype)
     with whole_folder(out) as folder:
         merged.save_pretrained(folder, max_shard_size=max_shard_size)
         write_processor(folder)

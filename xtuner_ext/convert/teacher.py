@@ -219,8 +219,45 @@ def _know_image_token(tokenizer, token, config, folder):
         )
 
 
+def read_tokenizer(folder, trust_remote_code=False, **options):
+    """A folder's tokenizer, as it is.
+
+    Args:
+        folder (str | Path): Model folder.
+        trust_remote_code (bool): Run the folder's own tokenizer code.
+        **options: As ``from_pretrained`` takes them.
+
+    Returns:
+        PreTrainedTokenizerBase: The tokenizer.
+
+    Raises:
+        UserError: When there is none that loads.
+    """
+    # AutoTokenizer warns of every config.json whose model type it does not know, which says nothing here.
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
+    except Exception as error:  # A broken tokenizer.json raises that very class, and a folder's own code anything.
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{folder} has no tokenizer that loads: {reason}{remote_hint(trust_remote_code)}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    if tokenizer.get_vocab().keys() <= tokenizer.get_added_vocab().keys():
+        # Without files some classes load with no vocabulary at all.
+        raise UserError(f"{folder} has no tokenizer that loads: its files are missing")
+    return tokenizer
+
+
+def remote_hint(trust_remote_code):
+    """str: What may help where a folder did not load, unless its own code has been allowed."""
+    if trust_remote_code:
+        return ""
+    return "; if it needs code of its own, allow that with trust_remote_code=True in a config or by --trust-remote-code"
+
+
 def load_tokenizer(folder, trust_remote_code=False):
-    """A folder's tokenizer.
+    """A folder's tokenizer for a model of this package.
 
     Args:
         folder (str | Path): Model folder.
@@ -232,20 +269,7 @@ def load_tokenizer(folder, trust_remote_code=False):
     Raises:
         UserError: When there is none that loads.
     """
-    # AutoTokenizer warns of every config.json whose model type it does not know, which says nothing here.
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=trust_remote_code)
-    except Exception as error:  # A broken tokenizer.json raises that very class, and a folder's own code anything.
-        hint = "" if trust_remote_code else "; if it needs code of its own, allow that with trust_remote_code"
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{folder} has no tokenizer that loads: {reason}{hint}") from error
-    finally:
-        logging.set_verbosity(verbosity)
-    if tokenizer.get_vocab().keys() <= tokenizer.get_added_vocab().keys():
-        # Without files some classes load with no vocabulary at all.
-        raise UserError(f"{folder} has no tokenizer that loads: its files are missing")
+    tokenizer = read_tokenizer(folder, trust_remote_code, padding_side="left")
     if tokenizer.pad_token is None:
         # Llama 3 has none; padding is masked, so that any token will do that is special anyway.
         tokenizer.pad_token = tokenizer.eos_token

@@ -1,10 +1,17 @@
 """The Hugging Face model; importing this registers it with transformers' Auto classes."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+)
 
 from .cache import HybridCache
 from .configuration import HybridVLConfig, MixerConfig, layer_types_from_attention
-from .internlm import InternLMConfig, InternLMForCausalLM
+from .internlm import InternLMConfig, InternLMForCausalLM, InternLMTokenizer, InternLMTokenizerOwner
 from .mixers import Attention, Mamba2Mixer, PairedMixer
 from .modeling import HybridDecoder, HybridVLForCausalLM
 from .processing import HybridVLProcessor
@@ -16,6 +23,7 @@ for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText)
 AutoProcessor.register(HybridVLConfig, HybridVLProcessor, exist_ok=True)
 AutoConfig.register(InternLMConfig.model_type, InternLMConfig, exist_ok=True)
 AutoModelForCausalLM.register(InternLMConfig, InternLMForCausalLM, exist_ok=True)
+AutoTokenizer.register(InternLMTokenizerOwner, InternLMTokenizer, exist_ok=True)
 
 __all__ = [
     "Attention",
@@ -24,6 +32,9 @@ __all__ = [
     "HybridVLConfig",
     "HybridVLForCausalLM",
     "HybridVLProcessor",
+    "InternLMConfig",
+    "InternLMForCausalLM",
+    "InternLMTokenizer",
     "Mamba2Mixer",
     "MixerConfig",
     "PairedMixer",

@@ -1,9 +1,10 @@
-"""InternLM 1 for transformers 5: it is a Llama whose attention projections have biases.
+"""InternLM 1 for transformers 5: a Llama whose attention projections have biases, and words by SentencePiece.
 
-The code that its folders bring was written for transformers 4 and reads a cache that is a tuple.
+The code that its folders bring was written for transformers 4 and reads a cache that is a tuple; with these classes
+none of it runs.
 """
 
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, SentencePieceBackend
 
 
 class InternLMConfig(LlamaConfig):
@@ -33,3 +34,43 @@ class InternLMForCausalLM(LlamaForCausalLM):
     """Llama under InternLM's name."""
 
     config_class = InternLMConfig
+
+
+class InternLMTokenizer(SentencePieceBackend):
+    """Words by the folder's own tokenizer.model, so that ids are SentencePiece's.
+
+    Args:
+        vocab_file (str): tokenizer.model.
+        bos_token (str): Beginning of a sequence, written in front.
+        eos_token (str): End of a sequence, not written.
+        unk_token (str): For what has no piece.
+        **kwargs: As of transformers' tokenizers.
+    """
+
+    vocab_files_names = {"vocab_file": "tokenizer.model"}
+    model_input_names = ["input_ids", "attention_mask"]
+
+    def __init__(self, vocab_file, bos_token="<s>", eos_token="</s>", unk_token="<unk>", **kwargs):
+        kwargs = {**kwargs, "special_tokens_pattern": "bos"}
+        super().__init__(vocab_file=vocab_file, bos_token=bos_token, eos_token=eos_token, unk_token=unk_token, **kwargs)
+
+    def _convert_id_to_token(self, index):
+        # A model may have more rows than there are pieces, and says so while it has learnt little.
+        return super()._convert_id_to_token(index) if index < self.vocab_size else self.unk_token
+
+    def convert_tokens_to_string(self, tokens):
+        """str: Text of some pieces; characters that are written as bytes are put together."""
+        text, pieces, special = "", [], set(self.added_tokens_encoder)
+        for token in [*tokens, None]:
+            if token is not None and token not in special:
+                pieces.append(token)
+                continue
+            text += self.sp_model.decode(pieces) + (token or "")
+            pieces = []
+        return text
+
+
+class InternLMTokenizerOwner(PreTrainedConfig):
+    """Nobody's configuration: a tokenizer that is registered by its name alone goes before remote code."""
+
+    model_type = "internlm_tokenizer"

@@ -62,7 +62,8 @@ class ViTVision(nn.Module):
         hidden = self.tower(pixel_values).last_hidden_state[:, self.first_patch :]
         if self.downsample_ratio != 1:
             hidden = pixel_shuffle(hidden.unflatten(1, (rows, columns)), self.downsample_ratio).flatten(1, 2)
-        return self.projector(hidden)
+        # Where the tower trains in fp32 before a frozen projector in bf16: a CPU's layer norm takes no wider input.
+        return self.projector(hidden.to(next(self.projector.parameters()).dtype))
 
 
 def tower_depth(vision):
