@@ -186,7 +186,7 @@ def test_an_internlm_is_written_as_the_llama_that_it_is(place, trained, capsys):
     (folder / "config.json").write_text(json.dumps({key: raw[key] for key in raw if key != "rope_parameters"}))
     options = ("--cfg-options", f"model.llm.pretrained_model_name_or_path={folder}")
     message = refusal(place, capsys, FINETUNE, trained[1], place / "never", "--save-format", "official", *options)
-    assert "--save-format official can not hold InternLMForCausalLM, which has biases" in message
+    assert "--save-format official can not hold InternLMForCausalLM, which has attention biases" in message
     assert not (place / "never").exists()
     out = place / "internlm_whole"
     assert convert(place, FINETUNE, trained[1], out, "--save-format", "huggingface", *options) == 0

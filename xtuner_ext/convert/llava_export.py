@@ -330,7 +330,7 @@ def _native_llava(model, fields):
         whole.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
         kind = type(model.llm).__name__
-        reason = str(error).splitlines()[1].strip()
+        reason = str(error).splitlines()[-1].strip()
         raise UserError(f"--save-format huggingface can not hold a {kind}: {reason}") from error
     whole.tie_weights()
     return whole.eval()
